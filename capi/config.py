@@ -1,0 +1,259 @@
+"""The whole configuration of a run: nested dataclasses, whose defaults are the paper's ViT-L/14.
+
+A preset (`capi/presets/*.yaml`) or a command-line option overrides single fields.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import jsonargparse
+import yaml
+
+
+@dataclass
+class ModelConfig:
+    """Shape of the student; its exponential moving average has the same."""
+
+    patch_size: int = 14
+    """Side of a patch in pixels."""
+    embed_dim: int = 1024
+    """Width of encoder and predictor."""
+    num_heads: int = 16
+    """Attention heads; embed_dim / num_heads must divide by 4."""
+    encoder_depth: int = 24
+    """Self-attention blocks of the encoder."""
+    predictor_depth: int = 12
+    """Cross-attention blocks of the predictor."""
+    n_registers: int = 16
+    """Register tokens; must divide by 4."""
+    drop_path_rate: float = 0.2
+    """Share of the images that each residual branch leaves out in training."""
+
+
+@dataclass
+class MaskingConfig:
+    """Which patches the student sees and which it predicts."""
+
+    kind: Literal["inverse_block", "block", "random"] = "inverse_block"
+    """Shape of the masked region."""
+    mask_ratio: float | tuple[float, float] = 0.65
+    """Share of the patches that is masked, or a range to draw it from for every image."""
+    prediction_subsampling: float = 0.05
+    """Share of the masked patches that is predicted (the authors advise 0.2)."""
+    roll: bool = True
+    """Shift block masks cyclically on both axes, so that every cell is masked equally often."""
+
+
+@dataclass
+class DataConfig:
+    """Where images come from and how they are cropped."""
+
+    source: str = "synthetic"
+    """synthetic, folder:PATH, hf:NAME (a Hugging Face data set, streamed) or wds:PATTERN (.tar shards)."""
+    image_size: int = 224
+    """Side of a training crop in pixels; must divide by the patch size."""
+    crop_scale: tuple[float, float] = (0.6, 1.0)
+    """Range of the crop's share of the image area."""
+    hflip: bool = True
+    """Flip half of the crops left to right."""
+    num_workers: int = 8
+    """Loader processes per rank; 0 loads in the training process."""
+    hf_split: str = "train"
+    """Split of a Hugging Face data set."""
+    image_key: str = "image"
+    """Column (hf) or file extension (wds; 'auto' takes any image extension) that holds the image."""
+    shuffle_buffer: int = 10000
+    """Samples that a streamed source shuffles among."""
+    synthetic_size: int = 8192
+    """Scenes in the synthetic training set."""
+
+
+@dataclass
+class ClusteringConfig:
+    """The teacher's prototypes and the losses against them."""
+
+    n_prototypes: int = 16384
+    """Clusters that patches are assigned to."""
+    target_temperature: float = 0.06
+    """Divides the teacher's logits before Sinkhorn-Knopp."""
+    prediction_temperature: float = 0.12
+    """Divides the teacher's logits in the clustering loss."""
+    student_temperature: float = 0.12
+    """Divides the student's logits in the prediction loss."""
+    n_sinkhorn_iterations: int = 3
+    """Sinkhorn-Knopp iterations, each over columns and rows."""
+    positionwise: bool = True
+    """Balance the assignments at each position separately; off balances all positions together."""
+
+
+@dataclass
+class ScheduleConfig:
+    """Linear warm-up from `start` to `base`, then a cosine towards `final` of which the share `truncate` is run."""
+
+    base: float = 1e-3
+    """Value at the end of the warm-up."""
+    final: float = 0.0
+    """Value after the last step."""
+    start: float = 0.0
+    """Value at step 0."""
+    warmup_steps: int = 50_000
+    """Steps of warm-up."""
+    freeze_steps: int = 0
+    """Steps at value 0 before the warm-up."""
+    truncate: float = 0.8
+    """Share of the cosine's half period that is run through."""
+
+
+@dataclass
+class OptimConfig:
+    """Steps, batch, AdamW and schedules."""
+
+    steps: int = 500_000
+    """Optimiser steps, and the length of every schedule."""
+    batch_size: int = 16384
+    """Images per step over all ranks; also the batch of the Sinkhorn balancing."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW betas, student and clustering."""
+    weight_decay: float = 0.1
+    """Weight decay of the student."""
+    norm_weight_decay_multiplier: float = 0.1
+    """Multiplies the weight decay of norm weights."""
+    patch_embed_lr_multiplier: float = 0.2
+    """Multiplies the learning rate of the patch embedding."""
+    clustering_weight_decay: float = 0.01
+    """Weight decay of the teacher's clustering layer."""
+    lr: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Learning rate of the student."""
+    momentum: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(base=0.999, final=1.0, start=1.0))
+    """Momentum of the exponential moving average."""
+    clustering_lr: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(base=5e-4))
+    """Learning rate of the clustering layer."""
+
+
+@dataclass
+class RunConfig:
+    """Where and how a run executes; should not change its results beyond rounding."""
+
+    output_dir: str = "runs/capi"
+    """Run folder: configuration, metrics, checkpoints, encoder, pictures."""
+    resume: bool = True
+    """Go on from the newest checkpoint of the run folder, if there is one."""
+    seed: int = 0
+    """Seeds initialisation, data order, crops, masks and drop-path."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes the GPU where there is one."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Compute type; weights stay fp32. auto is bf16 on a GPU that has it, else fp32."""
+    log_every: int = 20
+    """Steps between two lines of metrics."""
+    checkpoint_every: int = 1000
+    """Steps between two checkpoints."""
+    keep_checkpoints: int = 3
+    """Checkpoints that are kept."""
+    max_nan_steps: int = 3
+    """Consecutive steps with a non-finite loss after which the run stops."""
+    evaluate: bool = True
+    """Finish with k-NN evaluations (on the held-out synthetic scenes) and pictures."""
+
+
+@dataclass
+class Config:
+    """A CAPI run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    clustering: ClusteringConfig = field(default_factory=ClusteringConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+def load_config(argv: Sequence[str] | None = None) -> Config:
+    """Reads a configuration from command-line arguments; without `--config` it starts from the preset `tiny`.
+
+    `--config` takes a YAML file or the name of a preset. An unknown key or a value of the wrong type ends the program
+    with a message that names it.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(
+        prog="python -m capi.train",
+        usage="python -m capi.train [--config FILE] [--GROUP.FIELD VALUE ...]",
+        description="Trains a CAPI encoder.",
+    )
+    presets = ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml")))
+    parser.add_argument(
+        "--config", action="config", help=f"a YAML file, or a preset ({presets}); tiny by default. Later options win."
+    )
+    parser.add_class_arguments(Config)
+    values = parser.parse_args(_with_preset_paths(argv))
+    values.pop("config")
+    return Config(**vars(parser.instantiate(values)))
+
+
+def _with_preset_paths(argv: list[str]) -> list[str]:
+    """Turns the name of a preset into its path, and chooses `tiny` where no configuration is named."""
+    paths = {path.stem: str(path) for path in PRESETS.glob("*.yaml")}
+    named = False
+    resolved = []
+    for argument in argv:
+        if named is None:  # the value of a --config just read
+            argument, named = paths.get(argument, argument), True
+        elif argument == "--config":
+            named = None
+        elif argument.startswith("--config="):
+            value = argument.removeprefix("--config=")
+            argument, named = f"--config={paths.get(value, value)}", True
+        resolved.append(argument)
+    return resolved if named is not False else ["--config", paths["tiny"], *resolved]
+
+
+def to_yaml(config: Config) -> str:
+    """The whole configuration, in a form that `--config` reads back."""
+    return yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False)
+
+
+def check_config(config: Config, world_size: int = 1) -> None:
+    """Raises ValueError for values that do not fit together."""
+    model, data, optim = config.model, config.data, config.optim
+    if data.image_size % model.patch_size or data.image_size < model.patch_size:
+        raise ValueError(
+            f"data.image_size must be a multiple of model.patch_size {model.patch_size}, got {data.image_size}"
+        )
+    if not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
+        raise ValueError(f"data.crop_scale must be an ascending range in (0, 1], got {data.crop_scale}")
+    if not 0 <= model.drop_path_rate < 1:
+        raise ValueError(f"model.drop_path_rate must lie in [0, 1), got {model.drop_path_rate}")
+    if optim.batch_size < 1 or optim.batch_size % world_size:
+        raise ValueError(
+            f"optim.batch_size must be a positive multiple of the {world_size} processes, got {optim.batch_size}"
+        )
+    if optim.steps < 1:
+        raise ValueError(f"optim.steps must be at least 1, got {optim.steps}")
+    for name in ("log_every", "checkpoint_every", "keep_checkpoints", "max_nan_steps"):
+        if getattr(config.run, name) < 1:
+            raise ValueError(f"run.{name} must be at least 1, got {getattr(config.run, name)}")
+    for name in ("target_temperature", "prediction_temperature", "student_temperature"):
+        if not getattr(config.clustering, name) > 0:
+            raise ValueError(f"clustering.{name} must be positive, got {getattr(config.clustering, name)}")
+    if config.clustering.n_prototypes < 1:
+        raise ValueError(f"clustering.n_prototypes must be at least 1, got {config.clustering.n_prototypes}")
+    if config.clustering.n_sinkhorn_iterations < 1:
+        iterations = config.clustering.n_sinkhorn_iterations
+        raise ValueError(f"clustering.n_sinkhorn_iterations must be at least 1, got {iterations}")
+    for name in ("lr", "momentum", "clustering_lr"):
+        schedule: ScheduleConfig = getattr(optim, name)
+        if schedule.warmup_steps < 0 or schedule.freeze_steps < 0:
+            raise ValueError(f"optim.{name}.warmup_steps and .freeze_steps must not be negative, got {schedule}")
+        if schedule.warmup_steps + schedule.freeze_steps > optim.steps:
+            raise ValueError(
+                f"optim.{name}: {schedule.freeze_steps} frozen and {schedule.warmup_steps} warm-up steps do not fit in "
+                f"optim.steps {optim.steps}"
+            )
