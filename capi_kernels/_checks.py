@@ -1,0 +1,119 @@
+"""Argument checks shared by the ops: each says what was expected and what came, and none waits for a GPU."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup, group, is_initialized
+
+
+def resolve_group(process_group: ProcessGroup | str | None) -> ProcessGroup | None:
+    """The group to reduce over; None is this process alone."""
+    if process_group == "world":
+        return group.WORLD if is_initialized() else None
+    if process_group is None or isinstance(process_group, ProcessGroup):
+        return process_group
+    raise TypeError(f'process_group must be "world", a ProcessGroup or None, got {process_group!r}')
+
+
+def check_tensor(name: str, x: Tensor, axes: str, *, like: tuple[str, Tensor] | None = None) -> None:
+    """A floating tensor with these axes (a leading `...` stands for any), on the device and of the type of `like`."""
+    names = axes.removeprefix("... ").split()
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {x.dtype}")
+    if x.ndim < len(names) or (x.ndim > len(names) and not axes.startswith("...")):
+        raise ValueError(f"{name} must have the axes [{', '.join(axes.split())}], got shape {tuple(x.shape)}")
+    if like is not None:
+        check_device(name, x, like)
+        if x.dtype != like[1].dtype:
+            raise TypeError(f"{name} must have the dtype of {like[0]}, {like[1].dtype}, got {x.dtype}")
+
+
+def check_device(name: str, x: Tensor, like: tuple[str, Tensor]) -> None:
+    if x.device != like[1].device:
+        raise ValueError(f"{name} must be on the device of {like[0]}, {like[1].device}, got {x.device}")
+
+
+def check_shape(name: str, x: Tensor, **axes: int) -> None:
+    if tuple(x.shape) != tuple(axes.values()):
+        expected = ", ".join(f"{axis}={size}" for axis, size in axes.items())
+        raise ValueError(f"{name} must have the shape [{expected}], got {tuple(x.shape)}")
+
+
+def check_not_empty(name: str, **axes: int) -> None:
+    for axis, size in axes.items():
+        if size == 0:
+            raise ValueError(f"{name} must have at least one element on the axis {axis}, got 0")
+
+
+def check_positive(**values: float) -> None:
+    for name, value in values.items():
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def check_sinkhorn_options(n_iterations: int, eps: float) -> None:
+    if n_iterations < 1:
+        raise ValueError(f"n_iterations must be at least 1, got {n_iterations}")
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"eps must be finite and at least 0, got {eps}")
+
+
+def check_index(name: str, index: Tensor, below: int, like: tuple[str, Tensor]) -> None:
+    """One-dimensional indices in [0, below); values are looked at on a CPU only."""
+    if index.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be torch.int32 or torch.int64, got {index.dtype}")
+    if index.ndim != 1:
+        raise ValueError(f"{name} must have one axis, got shape {tuple(index.shape)}")
+    check_device(name, index, like)
+    if index.device.type == "cpu" and index.numel():
+        low, high = (int(bound) for bound in index.aminmax())
+        if low < 0 or high >= below:
+            raise ValueError(f"{name} must be in [0, {below}), got values from {low} to {high}")
+
+
+def check_heads(name: str, x: Tensor, tokens: str) -> None:
+    check_tensor(name, x, f"{tokens} heads head_dim")
+    check_not_empty(name, heads=x.shape[1], head_dim=x.shape[2])
+
+
+def check_rotary(names: tuple[str, str], cos: Tensor | None, sin: Tensor | None, like: tuple[str, Tensor]) -> None:
+    """Both tables or neither, float32 (float64 with float64 tokens), [tokens, head_dim] with an even head_dim."""
+    if cos is None and sin is None:
+        return
+    x = like[1]
+    allowed = torch.promote_types(x.dtype, torch.float32)
+    for name, table in zip(names, (cos, sin), strict=True):
+        if table is None:
+            raise ValueError(f"{names[0]} and {names[1]} must both be given or both be None, got {name} = None")
+        if table.dtype not in (torch.float32, allowed):
+            raise TypeError(f"{name} must be {allowed}, got {table.dtype}")
+        check_shape(name, table, tokens=x.shape[0], head_dim=x.shape[2])
+        check_device(name, table, like)
+    if x.shape[2] % 2:
+        raise ValueError(f"head_dim must be even for a rotary embedding, got {x.shape[2]}")
+
+
+def check_cu_seqlens(
+    name: str, cu_seqlens: Tensor, max_name: str, max_seqlen: int, tokens: int, like: tuple[str, Tensor]
+) -> None:
+    """int32 [groups + 1] from 0 to the token count without decreasing; values are looked at on a CPU only."""
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"{name} must be torch.int32, got {cu_seqlens.dtype}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
+        raise ValueError(f"{name} must have the shape [groups + 1] with a group or more, got {tuple(cu_seqlens.shape)}")
+    check_device(name, cu_seqlens, like)
+    if (cu_seqlens.numel() - 1) * max_seqlen < tokens:
+        groups = cu_seqlens.numel() - 1
+        raise ValueError(f"{max_name} must be at least {-(-tokens // groups)} for {tokens} tokens, got {max_seqlen}")
+    if cu_seqlens.device.type != "cpu":
+        return
+    if int(cu_seqlens[0]) != 0:
+        raise ValueError(f"{name} must start at 0, got {int(cu_seqlens[0])}")
+    if int(cu_seqlens[-1]) != tokens:
+        raise ValueError(f"{name} must end at the token count {tokens}, got {int(cu_seqlens[-1])}")
+    shortest, longest = (int(length) for length in cu_seqlens.diff().aminmax())
+    if shortest < 0:
+        raise ValueError(f"{name} must not decrease, got a step of {shortest}")
+    if longest > max_seqlen:
+        raise ValueError(f"{max_name} must be at least {longest}, the longest sequence, got {max_seqlen}")

@@ -1,0 +1,86 @@
+"""The rotary embedding of CAPI, y = x cos + rotate_half(x) sin: y1 = x1 c1 - x2 s1, y2 = x2 c2 + x1 s2 on the halves.
+
+The halves have different angles (row and column), so this is no rotation, and its backward is the transpose:
+dx1 = g1 c1 + g2 s2, dx2 = g2 c2 - g1 s1, the same form with the sines (-s2, -s1).
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from capi_kernels import reference
+from capi_kernels._checks import check_heads, check_rotary, check_shape, check_tensor
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x cos + rotate_half(x) sin, the tables broadcast; contiguous, in the dtype of x."""
+    wide = x.to(cos.dtype)
+    half = x.shape[-1] // 2
+    y = torch.empty(x.shape, dtype=cos.dtype, device=x.device)
+    torch.mul(wide, cos, out=y)
+    y[..., :half].addcmul_(wide[..., half:], sin[..., :half], value=-1)
+    y[..., half:].addcmul_(wide[..., :half], sin[..., half:])
+    return y.to(x.dtype)
+
+
+def transposed(sin: Tensor) -> Tensor:
+    """The sines with which `rotate` is the transpose of itself."""
+    first, second = sin.chunk(2, dim=-1)
+    return torch.cat((second, first), dim=-1).neg_()
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        ctx.save_for_backward(cos, sin)
+        return rotate(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return rotate(dy, cos, transposed(sin)), None, None
+
+
+def rotary_tables(
+    coords: Tensor, freqs: Tensor
+) -> tuple[Float[Tensor, "tokens head_dim"], Float[Tensor, "tokens head_dim"]]:
+    """cos and sin of coords @ freqs, formed in float32 (float64 if coords are): angles reach 44 radians.
+
+    Args:
+        coords: [tokens, 2], row and column of each token.
+        freqs: [2, head_dim], in radians per unit of coords.
+
+    Returns:
+        cos and sin, [tokens, head_dim].
+
+    Raises:
+        TypeError: coords or freqs that are not floating point.
+        ValueError: other shapes.
+    """
+    check_tensor("coords", coords, "tokens 2")
+    check_shape("coords", coords, tokens=len(coords), coordinates=2)
+    check_tensor("freqs", freqs, "2 head_dim")
+    check_shape("freqs", freqs, coordinates=2, head_dim=freqs.shape[1])
+    return reference.rotary_tables(coords, freqs)
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Float[Tensor, "tokens heads head_dim"]:
+    """x * cos + rotate_half(x) * sin with rotate_half(x) = (-x2, x1) on the halves of a head; gradient to x alone.
+
+    Args:
+        x: [tokens, heads, head_dim] with an even head_dim, any floating dtype and strides.
+        cos, sin: float32 (float64 with float64 x) [tokens, head_dim], as from `rotary_tables`.
+
+    Returns:
+        [tokens, heads, head_dim] in the dtype of x.
+
+    Raises:
+        TypeError: x that is not floating point, tables of another dtype.
+        ValueError: other shapes or devices, an odd head_dim.
+    """
+    check_heads("x", x, "tokens")
+    check_rotary(("cos", "sin"), cos, sin, ("x", x))
+    return _Rotary.apply(x, cos, sin)

@@ -1,0 +1,292 @@
+"""The clustering head: cross-entropy between a linear layer's logits and their own Sinkhorn assignment.
+
+    z = normalise(features) weight^T + bias        t = Sinkhorn(z / target_temperature), held fixed
+    loss = mean over tokens of LSE(z / T) sum(t) - sum(t z) / T        dz = (softmax(z / T) sum(t) - t) / (T tokens)
+
+Positions are streamed: logits, assignment, loss and the gradients of weight and bias of a few positions at a time.
+Never written: [positions, images, prototypes]. Without position-wise balancing every pass recomputes the logits.
+"""
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterator
+from itertools import chain, count, repeat
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.distributed import ProcessGroup, ReduceOp, all_reduce
+
+from capi_kernels._checks import (
+    check_device,
+    check_index,
+    check_not_empty,
+    check_positive,
+    check_shape,
+    check_sinkhorn_options,
+    check_tensor,
+    resolve_group,
+)
+from capi_kernels.reference import ClusteringHead, Potentials
+from capi_kernels.sinkhorn import HEADROOM, balance, exponentials, positions_per_chunk, rows_per_block
+
+GPU_POSITION_CHUNK = 8
+
+Blocks = Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]  # assignments, rows, logits, features: [p, rows, ...] each
+
+
+class _Linear:
+    """normalise(features) weight^T + bias, a chunk of positions at a time, into one buffer."""
+
+    def __init__(self, features: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, chunk: int):
+        self.features, self.dtype, self.chunk = features, dtype, chunk
+        self.weight = weight.to(dtype)
+        self.bias = None if bias is None else bias.to(dtype)
+        self.buffer = features.new_empty((chunk, features.shape[1], len(weight)), dtype=dtype)
+
+    def __call__(self, start: int) -> tuple[Tensor, Tensor]:
+        """Logits [p, images, prototypes] and normalised features [p, images, dim] of the positions from `start` on."""
+        features = self.features[start : start + self.chunk]
+        wide = torch.promote_types(features.dtype, torch.float32)
+        features = torch.empty(features.shape, dtype=wide, device=features.device).copy_(features)
+        norm = torch.linalg.vector_norm(features, dim=-1, keepdim=True).clamp_min_(1e-7)
+        features = features.div_(norm).to(self.dtype)
+        logits = self.buffer[: len(features)]
+        tokens = features.flatten(0, 1)
+        if self.bias is None:
+            torch.mm(tokens, self.weight.mT, out=logits.flatten(0, 1))
+        else:
+            torch.addmm(self.bias, tokens, self.weight.mT, out=logits.flatten(0, 1))
+        return logits, features
+
+
+def _balance_positions(
+    linear: _Linear,
+    exps: Tensor,
+    potentials: Potentials,
+    temperature: float,
+    n_iterations: int,
+    eps: float,
+    process_group: ProcessGroup | None,
+) -> Blocks:
+    """Balance every position apart, chunk by chunk."""
+    positions, images = potentials.row.shape
+    chunk, _, prototypes = exps.shape
+    on_cpu = exps.device.type == "cpu"
+    rows = rows_per_block(chunk, images, prototypes, exps.itemsize) if on_cpu else images
+    for start in range(0, positions, chunk):
+        here = slice(start, start + chunk)
+        column_max, column, row = (x[here] for x in potentials)
+        column_max, column, row = column_max.unsqueeze(1), column.unsqueeze(1), row.unsqueeze(2)
+        logits, features = linear(start)
+        column_max.copy_(logits.amax(1, keepdim=True))
+        if process_group is not None:
+            all_reduce(column_max, ReduceOp.MAX, process_group)
+        blocks = list(zip(*(x.split(rows, dim=1) for x in (exps[: len(row)], row, logits, features)), strict=True))
+        passes = chain([exponentials(blocks, column_max, temperature)], repeat(blocks))
+        yield from balance(passes, column, n_iterations, eps, process_group)
+
+
+def _balance_together(
+    linear: _Linear,
+    exps: Tensor,
+    potentials: Potentials,
+    temperature: float,
+    n_iterations: int,
+    eps: float,
+    process_group: ProcessGroup | None,
+) -> Blocks:
+    """Balance all positions as one: every pass recomputes the logits, chunk by chunk."""
+    images = exps.shape[1]
+    column_max, column, row = potentials
+    column_max, column, row = column_max.unsqueeze(1), column.unsqueeze(1), row.unsqueeze(2)
+
+    def blocks() -> Blocks:
+        for start in range(0, len(linear.features), linear.chunk):
+            tensors = (exps[: len(linear.features) - start], *linear(start))
+            E, logits, features = (x.flatten(0, 1).unsqueeze(0) for x in tensors)
+            yield E, row[:, start * images :][:, : E.shape[1]], logits, features
+
+    column_max.fill_(-torch.inf)
+    for _, _, logits, _ in blocks():
+        torch.maximum(column_max, logits.amax(1, keepdim=True).to(column_max.dtype), out=column_max)
+    if process_group is not None:
+        all_reduce(column_max, ReduceOp.MAX, process_group)
+    passes = (exponentials(blocks(), column_max, temperature) for _ in count())
+    yield from balance(passes, column, n_iterations, eps, process_group)
+
+
+def _cross_entropy_(targets: Tensor, logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Sum over rows of LSE sum(t) - sum(t z), z = logits / temperature, and its gradient in z, written over logits."""
+    z = logits.mul_(1 / temperature)
+    z.sub_(z.amax(-1, keepdim=True))
+    total = targets.sum(-1, keepdim=True)
+    matched = torch.linalg.vecdot(targets, z).sum(dtype=torch.float64)
+    z.exp_()
+    normaliser = z.sum(-1, keepdim=True)
+    loss = (total * normaliser.log()).sum(dtype=torch.float64) - matched
+    return loss, z.mul_(total / normaliser).sub_(targets)
+
+
+def _stream(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Tensor | None,
+    target_temperature: float,
+    prediction_temperature: float,
+    n_iterations: int,
+    eps: float,
+    positionwise: bool,
+    chunk: int,
+    process_group: ProcessGroup | None,
+) -> tuple[ClusteringHead, Tensor, Tensor]:
+    """The head's results, and the gradients of its loss in weight and bias."""
+    positions, images, dim = features.shape
+    prototypes, tokens = len(weight), positions * images
+    device_type = features.device.type
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else features.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+
+    targets = None
+    if rows is not None:
+        # rows count image by image, the stream position by position.
+        keys, order = (rows % positions * images + rows // positions).sort()
+        bounds = keys.tolist()
+        targets = features.new_empty((len(rows), prototypes), dtype=wide)
+
+    balance_blocks = _balance_positions
+    if not positionwise and chunk < positions:
+        balance_blocks = _balance_together
+    elif not positionwise:  # Everything fits in a chunk: a single position of all tokens.
+        features, chunk = features.reshape(1, tokens, dim), 1
+    slices = positions if positionwise else 1
+    shapes = ((slices, prototypes), (slices, prototypes), (slices, tokens // slices))
+    potentials = Potentials(*(features.new_ones(shape, dtype=wide) for shape in shapes))
+
+    with torch.autocast(device_type, enabled=False):
+        linear = _Linear(features, weight, bias, dtype, chunk)
+        exps = features.new_empty((chunk, features.shape[1], prototypes), dtype=wide)
+        loss = features.new_zeros((), dtype=torch.float64)
+        dweight = torch.zeros_like(weight, dtype=wide)
+        dbias = weight.new_zeros(prototypes, dtype=wide)
+        start = 0
+        for t, _, logits, f in balance_blocks(
+            linear, exps, potentials, target_temperature, n_iterations, eps, process_group
+        ):
+            t, logits, f = (x.flatten(0, 1) for x in (t, logits, f))
+            if targets is not None:
+                chosen = slice(bisect_left(bounds, start), bisect_left(bounds, start + len(t)))
+                targets.index_copy_(0, order[chosen], t[keys[chosen] - start])
+            start += len(t)
+            block_loss, dlogits = _cross_entropy_(t, logits.to(wide), prediction_temperature)
+            loss += block_loss
+            dweight += dlogits.to(dtype).mT @ f
+            dbias += dlogits.sum(0)
+    potentials.column.mul_(math.exp(HEADROOM))
+    factor = 1 / (prediction_temperature * tokens)
+    if not positionwise:
+        potentials = Potentials(*(x[0] for x in potentials))
+    head = ClusteringHead((loss / tokens).to(wide), targets, potentials)
+    return head, dweight.mul_(factor).to(weight.dtype), dbias.mul_(factor).to(weight.dtype)
+
+
+class _AttachGradients(torch.autograd.Function):
+    """The loss, whose gradients in weight and bias are known already."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, weight: Tensor, bias: Tensor | None, loss: Tensor, dweight: Tensor, dbias: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(dweight, dbias)
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        dweight, dbias = ctx.saved_tensors
+        needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        return dweight * dloss if needs_weight else None, dbias * dloss if needs_bias else None, None, None, None
+
+
+def clustering_head(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Tensor | None = None,
+    *,
+    target_temperature: float = 0.06,
+    prediction_temperature: float = 0.12,
+    n_iterations: int = 3,
+    eps: float = 1e-8,
+    positionwise: bool = True,
+    position_chunk: int | None = None,
+    process_group: ProcessGroup | str | None = "world",
+) -> ClusteringHead:
+    """Cross-entropy between a linear layer's logits and their Sinkhorn assignment (arXiv 2502.08769, clustering).
+
+    logits = normalise(features) weight^T + bias; loss = mean over tokens of
+    -sum sinkhorn(logits / target_temperature) * log_softmax(logits / prediction_temperature). Gradients reach weight
+    and bias alone, neither the features nor through the assignment. Logits take the dtype of the features (under
+    autocast, its dtype); all else is float32 (float64 for float64).
+
+    Args:
+        features: [positions, images, dim], any floating dtype and strides, of any length.
+        weight: [prototypes, dim].
+        bias: [prototypes] or None.
+        rows: int32 or int64 [selected], image * positions + position of the tokens whose assignments are returned; in
+            any order, with repeats. None returns none.
+        n_iterations, eps, process_group: as in `sinkhorn_positionwise`. The loss is this process's mean.
+        positionwise: balance every position apart; otherwise all positions together.
+        position_chunk: positions handled at a time, the same on all ranks; by default what fits in a CPU's cache, and 8
+            on a GPU. Changes memory and speed only.
+
+    Returns:
+        ClusteringHead(loss, targets [selected, prototypes] in the order of `rows` or None, potentials of the
+        assignments, as from `sinkhorn_potentials` of [positions, images, prototypes] or, together,
+        [positions * images, prototypes]).
+
+    Raises:
+        TypeError: features, weight or bias that are not floating point, rows that are not int32 or int64.
+        ValueError: other shapes or devices, an empty axis, rows out of range (looked at on a CPU only), temperatures
+            that are not positive and finite, n_iterations or position_chunk < 1, a negative or non-finite eps.
+    """
+    check_tensor("features", features, "positions images dim")
+    positions, images, dim = features.shape
+    check_not_empty("features", positions=positions, images=images, dim=dim)
+    check_tensor("weight", weight, "prototypes dim")
+    prototypes = len(weight)
+    check_not_empty("weight", prototypes=prototypes)
+    check_shape("weight", weight, prototypes=prototypes, dim=dim)
+    check_device("weight", weight, ("features", features))
+    if bias is not None:
+        check_tensor("bias", bias, "prototypes", like=("weight", weight))
+        check_shape("bias", bias, prototypes=prototypes)
+    if rows is not None:
+        check_index("rows", rows, positions * images, ("features", features))
+    check_positive(target_temperature=target_temperature, prediction_temperature=prediction_temperature)
+    check_sinkhorn_options(n_iterations, eps)
+    process_group = resolve_group(process_group)
+    if position_chunk is None:
+        position_chunk = GPU_POSITION_CHUNK
+        if features.device.type == "cpu":
+            position_chunk = positions_per_chunk(images, prototypes, 4, process_group)
+    elif position_chunk < 1:
+        raise ValueError(f"position_chunk must be at least 1, got {position_chunk}")
+    with torch.no_grad():
+        head, dweight, dbias = _stream(
+            features,
+            weight,
+            bias,
+            rows,
+            target_temperature,
+            prediction_temperature,
+            n_iterations,
+            eps,
+            positionwise,
+            min(position_chunk, positions),
+            process_group,
+        )
+    if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+        head = head._replace(loss=_AttachGradients.apply(weight, bias, head.loss, dweight, dbias))
+    return head

@@ -1,0 +1,260 @@
+"""Position-wise Sinkhorn-Knopp: assignments E_ik c_k a_i with E = exp((logits - max over images) / temperature).
+
+    c <- c / (c S + eps), S_k = sum_i a_i E_ik        a <- a / (a R + eps), R_i = sum_k E_ik c_k
+
+are the official code's divisions by column and row sums plus eps, gathered in one potential per column and row, with
+c = exp(50) at first. The row pass of an iteration and the column pass of the next share one reading of E. Never
+written: the matrix between the exponential, which goes straight to the output, and the last scaling.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from itertools import chain, repeat
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.distributed import ProcessGroup, ReduceOp, all_reduce
+
+from capi_kernels import reference
+from capi_kernels._checks import (
+    check_not_empty,
+    check_positive,
+    check_sinkhorn_options,
+    check_tensor,
+    resolve_group,
+)
+from capi_kernels.reference import SHIFT, Potentials
+
+# In this file E carries exp(HEADROOM), which keeps it clear of the denormal numbers, slow on a CPU, and c its inverse.
+HEADROOM = 32.0
+CHUNK_BYTES = 1 << 22  # Exponentials that stay in cache between two passes.
+
+
+def balance(
+    passes: Iterable[Iterable[tuple[Tensor, ...]]],
+    column: Tensor,
+    n_iterations: int,
+    eps: float,
+    process_group: ProcessGroup | None,
+) -> Iterator[tuple[Tensor, ...]]:
+    """Fill c exp(-HEADROOM) [p, 1, K] and the rows (ones at first) of all blocks; yield blocks as they get assignments.
+
+    A pass runs over the blocks; a block starts with its exponentials [p, rows, K] and its rows [p, rows, 1]. There are
+    n_iterations + 1 passes, the last of which yields, so that the caller finds the block in cache.
+    """
+    column.fill_(SHIFT - HEADROOM).exp_()
+    row_limit = torch.finfo(column.dtype).max ** 0.8
+    passes = iter(passes)
+    column_sum = torch.zeros_like(column)
+    for E, row, *_ in next(passes):
+        column_sum.baddbmm_(row.mT, E)
+    for iteration in range(n_iterations):
+        if process_group is not None:
+            all_reduce(column_sum, ReduceOp.SUM, process_group)
+        column.div_((column * column_sum).add_(eps))
+        # Only column * row matters: a fixed largest column keeps both from drifting to 0 and inf in many iterations.
+        scale = column.amax(-1, keepdim=True).mul_(math.exp(HEADROOM))
+        column.div_(scale)
+        column_sum.zero_()
+        for block in next(passes):
+            E, row = block[:2]
+            row.mul_(scale)
+            # A row without any mass gains 1 / eps each time; inf would turn its zeros to NaN.
+            row.div_((row * torch.bmm(column, E.mT).mT).add_(eps)).clamp_(max=row_limit)
+            if iteration < n_iterations - 1:
+                column_sum.baddbmm_(row.mT, E)
+            else:
+                E.mul_(column).mul_(row)
+                yield block
+
+
+def _exponential_(x: Tensor, temperature: float) -> None:
+    """exp(x / temperature + HEADROOM), over x."""
+    torch.add(x.new_tensor(HEADROOM), x, alpha=1 / temperature, out=x).exp_()
+
+
+def exponentials(
+    blocks: Iterable[tuple[Tensor, ...]], column_max: Tensor, temperature: float
+) -> Iterator[tuple[Tensor, ...]]:
+    """The blocks (exponentials, rows, logits, ...) with E exp(HEADROOM) computed."""
+    for block in blocks:
+        E, _, logits = block[:3]
+        _exponential_(E.copy_(logits).sub_(column_max), temperature)
+        yield block
+
+
+def positions_per_chunk(images: int, prototypes: int, itemsize: int, process_group: ProcessGroup | None) -> int:
+    """How many positions fit in CHUNK_BYTES on the rank with most images: ranks must cut their reductions alike."""
+    if process_group is not None:
+        most = torch.tensor(images)
+        all_reduce(most, ReduceOp.MAX, process_group)
+        images = int(most)
+    return max(1, CHUNK_BYTES // (images * prototypes * itemsize))
+
+
+def rows_per_block(positions: int, images: int, prototypes: int, itemsize: int) -> int:
+    """All images of a chunk of several positions; of a single position, what fits in CHUNK_BYTES."""
+    return images if positions > 1 else max(1, min(images, CHUNK_BYTES // (prototypes * itemsize)))
+
+
+def _balance_positions(
+    logits: Tensor,
+    out: Tensor | None,
+    potentials: Potentials,
+    n_iterations: int,
+    eps: float,
+    temperature: float,
+    process_group: ProcessGroup | None,
+    chunk: int,
+) -> None:
+    """Fill the potentials of [..., positions, images, prototypes] logits, and `out`, if any, with their assignments."""
+    if logits.ndim > 3:  # Leading axes one by one: flattening them could copy the logits.
+        outs = repeat(None) if out is None else out
+        for part, part_out, *part_potentials in zip(logits, outs, *potentials, strict=False):
+            part_potentials = Potentials(*part_potentials)
+            _balance_positions(part, part_out, part_potentials, n_iterations, eps, temperature, process_group, chunk)
+        return
+    positions, images, prototypes = logits.shape
+    dtype = potentials.row.dtype
+    in_place = out is not None and out.dtype == dtype
+    buffer = out if in_place else torch.empty((min(chunk, positions), images, prototypes), dtype=dtype)
+    rows = rows_per_block(chunk, images, prototypes, dtype.itemsize)
+    for start in range(0, positions, chunk):
+        here = slice(start, start + chunk)
+        z, E = logits[here], buffer[here] if in_place else buffer[: positions - start]
+        column_max, column = potentials.column_max[here].unsqueeze(1), potentials.column[here].unsqueeze(1)
+        column_max.copy_(z.amax(1, keepdim=True))
+        if process_group is not None:
+            all_reduce(column_max, ReduceOp.MAX, process_group)
+        tensors = (E, potentials.row[here].unsqueeze(2), z)
+        blocks = list(zip(*(x.split(rows, dim=1) for x in tensors), strict=True))
+        passes = chain([exponentials(blocks, column_max, temperature)], repeat(blocks))
+        for _ in balance(passes, column, n_iterations, eps, process_group):
+            pass
+        if out is not None and not in_place:
+            out[here].copy_(E)
+
+
+def _balanced(
+    logits: Tensor, n_iterations: int, eps: float, temperature: float, process_group: ProcessGroup | None, assign: bool
+) -> tuple[Tensor | None, Potentials]:
+    """Allocate and fill the assignments, if wanted, and the potentials."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    *slices, images, prototypes = logits.shape
+    out = torch.empty(logits.shape, dtype=logits.dtype) if assign else None
+    potentials = Potentials(*(torch.ones((*slices, n), dtype=dtype) for n in (prototypes, prototypes, images)))
+    chunk = positions_per_chunk(images, prototypes, dtype.itemsize, process_group)
+    tensors = (logits, out, *potentials)
+    if not slices:
+        tensors = (x if x is None else x.unsqueeze(0) for x in tensors)
+    z, z_out, *z_potentials = tensors
+    with torch.autocast(logits.device.type, enabled=False):
+        _balance_positions(z, z_out, Potentials(*z_potentials), n_iterations, eps, temperature, process_group, chunk)
+    potentials.column.mul_(math.exp(HEADROOM))
+    return out, potentials
+
+
+def _check(logits: Tensor, n_iterations: int, eps: float, temperature: float) -> None:
+    check_tensor("logits", logits, "... images prototypes")
+    check_not_empty("logits", images=logits.shape[-2], prototypes=logits.shape[-1])
+    check_sinkhorn_options(n_iterations, eps)
+    check_positive(temperature=temperature)
+
+
+@torch.no_grad()
+def sinkhorn_positionwise(
+    logits: Tensor,
+    n_iterations: int = 3,
+    eps: float = 1e-8,
+    *,
+    temperature: float = 1.0,
+    process_group: ProcessGroup | str | None = "world",
+) -> Float[Tensor, "*slices images prototypes"]:
+    """Balanced soft assignment of images to prototypes, at each position apart from the others (arXiv 2502.08769).
+
+    M = exp(logits / temperature - max over images + 50), then `n_iterations` times M <- M / (column sums + eps) and
+    M <- M / (row sums + eps). A drop-in for the official `sinkhorn_knopp` that leaves its input as it is and computes
+    in float32 (float64 for float64) whatever the dtype. No gradient: assignments are targets. On a CPU it takes, beyond
+    the output, the potentials and at most one position of float32 (4 MB of smaller ones).
+
+    Args:
+        logits: [..., images, prototypes], any floating dtype and strides. NaN, +inf, or a prototype at -inf for every
+            image make their position NaN, as in the official code; a single -inf gets no assignment.
+        eps: added to every sum.
+        temperature: divides the logits.
+        process_group: images are spread over it: maxima and column sums are all-reduced. "world" is the default group
+            where torch.distributed is initialised; None stays in this process.
+
+    Returns:
+        Assignments [..., images, prototypes] in the dtype of the logits; every row sums to 1.
+
+    Raises:
+        TypeError: logits that are not floating point, or a process_group that is none.
+        ValueError: fewer than two axes, no image or prototype, n_iterations < 1, a negative or non-finite eps, a
+            temperature that is not positive and finite.
+    """
+    _check(logits, n_iterations, eps, temperature)
+    process_group = resolve_group(process_group)
+    if logits.device.type != "cpu":
+        return reference.sinkhorn_positionwise(
+            logits, n_iterations, eps, temperature=temperature, process_group=process_group
+        )
+    return _balanced(logits, n_iterations, eps, temperature, process_group, assign=True)[0]
+
+
+@torch.no_grad()
+def sinkhorn_potentials(
+    logits: Tensor,
+    n_iterations: int = 3,
+    eps: float = 1e-8,
+    *,
+    temperature: float = 1.0,
+    process_group: ProcessGroup | str | None = "world",
+) -> Potentials:
+    """What `sinkhorn_positionwise` multiplies: exp((logits - column_max) / temperature) * column * row.
+
+    Arguments and errors are those of `sinkhorn_positionwise`.
+
+    Returns:
+        Potentials(column_max [..., prototypes], column [..., prototypes], row [..., images]) in float32 (float64 for
+        float64). Only the product column * row is defined: a factor may move from one to the other.
+    """
+    _check(logits, n_iterations, eps, temperature)
+    process_group = resolve_group(process_group)
+    if logits.device.type != "cpu":
+        return reference.sinkhorn_potentials(
+            logits, n_iterations, eps, temperature=temperature, process_group=process_group
+        )
+    return _balanced(logits, n_iterations, eps, temperature, process_group, assign=False)[1]
+
+
+@torch.no_grad()
+def assignments_from_potentials(
+    logits: Tensor, potentials: Potentials, *, temperature: float = 1.0
+) -> Float[Tensor, "*slices images prototypes"]:
+    """Assignments exp((logits - column_max) / temperature) * column * row, of all rows or of chosen ones.
+
+    Args:
+        logits: [..., images, prototypes]; of chosen rows, say [selected, 1, prototypes].
+        potentials: as from `sinkhorn_potentials`, of the same rows: column_max and column [..., prototypes], row
+            [..., images].
+        temperature: the one of the potentials.
+
+    Returns:
+        Assignments [..., images, prototypes] in the dtype of the logits, without gradient.
+
+    Raises:
+        TypeError: logits that are not floating point.
+        ValueError: potentials of another shape, a temperature that is not positive and finite.
+    """
+    check_tensor("logits", logits, "... images prototypes")
+    check_positive(temperature=temperature)
+    *slices, images, prototypes = logits.shape
+    column_max, column, row = potentials
+    for name, x, last in (("column_max", column_max, prototypes), ("column", column, prototypes), ("row", row, images)):
+        if tuple(x.shape) != (*slices, last):
+            raise ValueError(f"{name} must have the shape {(*slices, last)}, got {tuple(x.shape)}")
+    E = logits.to(column.dtype) - column_max.unsqueeze(-2)
+    _exponential_(E, temperature)
+    return E.mul_(column.unsqueeze(-2) * math.exp(-HEADROOM)).mul_(row.unsqueeze(-1)).to(logits.dtype)

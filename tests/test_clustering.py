@@ -1,0 +1,240 @@
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from numerics import assert_as_accurate, peak_allocation
+from torch import Tensor
+
+from capi_kernels import clustering_head, reference, sinkhorn, sinkhorn_positionwise, sinkhorn_potentials
+
+# positions, images, prototypes, dim
+SHAPES = [(1, 1, 1, 1), (1, 5, 7, 3), (6, 4, 9, 5), (5, 16, 40, 8)]
+
+
+def draw(
+    positions: int, images: int, prototypes: int, dim: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, ...]:
+    """Features (a transposed view), weight, bias, and unsorted rows with repeats."""
+    generator = torch.Generator().manual_seed(positions + images)
+    features, weight, bias = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        for shape in ((images, positions, dim), (prototypes, dim), (prototypes,))
+    )
+    rows = torch.randint(positions * images, (11,), generator=generator)
+    return features.transpose(0, 1), weight, bias, rows
+
+
+def run(
+    head, features: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, **options
+) -> dict[str, Tensor]:
+    """Loss, targets and gradients."""
+    weight = weight.detach().requires_grad_()
+    bias = None if bias is None else bias.detach().requires_grad_()
+    loss, targets, _ = head(features, weight, bias, rows, **options)
+    (3 * loss).backward()
+    results = {
+        "loss": loss.detach(),
+        "targets": targets,
+        "dweight": weight.grad,
+        "dbias": bias if bias is None else bias.grad,
+    }
+    return {name: result for name, result in results.items() if result is not None}
+
+
+@pytest.mark.parametrize("positionwise", [True, False], ids=["positionwise", "together"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("chunk", [1, 2, None])
+def test_loss_targets_and_gradients_match_the_definition(
+    shape: tuple[int, ...], positionwise: bool, chunk: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if chunk == 1:
+        monkeypatch.setattr(sinkhorn, "CHUNK_BYTES", 3 * 4 * shape[2])  # three rows
+    for with_bias in (True, False):
+        for options in ({}, {"n_iterations": 2, "eps": 0.1, "target_temperature": 0.2, "prediction_temperature": 0.5}):
+            options = options | {"positionwise": positionwise}
+            features, weight, bias, rows = draw(*shape)
+            bias = bias if with_bias else None
+            wide = [x if x is None else x.double() for x in (features, weight, bias)]
+            oracle = run(reference.clustering_head, *wide, rows, **options)
+            same_dtype = run(reference.clustering_head, features, weight, bias, rows, **options)
+            actual = run(clustering_head, features, weight, bias, rows, position_chunk=chunk, **options)
+            assert (
+                actual.keys() == oracle.keys() == {"loss", "targets", "dweight"} | ({"dbias"} if with_bias else set())
+            )
+            for name in oracle:
+                assert_as_accurate(actual[name], same_dtype[name], oracle[name])
+            actual = run(clustering_head, *wide, rows, position_chunk=chunk, **options)
+            for name in oracle:
+                torch.testing.assert_close(actual[name], oracle[name], rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("positionwise", [True, False], ids=["positionwise", "together"])
+def test_bfloat16_features_meet_float32_weights(positionwise: bool) -> None:
+    features, weight, bias, rows = draw(5, 16, 40, 8)
+    features = features.bfloat16()
+    options = {"positionwise": positionwise, "target_temperature": 0.5, "prediction_temperature": 0.5}
+    oracle = run(reference.clustering_head, features.double(), weight.double(), bias.double(), rows, **options)
+    same_dtype = run(reference.clustering_head, features, weight, bias, rows, **options)
+    actual = run(clustering_head, features, weight, bias, rows, **options)
+    for name in oracle:
+        assert actual[name].dtype == torch.float32
+        # The accuracy of bfloat16 logits: what the definition loses through them bounds what the op may.
+        error, budget = (x[name].double() - oracle[name] for x in (actual, same_dtype))
+        assert error.abs().max() <= 2 * budget.abs().max()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        autocast = run(clustering_head, features.float(), weight, bias, rows, **options)
+    for name in oracle:
+        assert torch.equal(autocast[name], actual[name]), name
+
+
+def test_targets_are_aligned_with_rows() -> None:
+    features, weight, bias, _ = draw(6, 4, 9, 5)
+    rows = torch.tensor([23, 0, 7, 7, 22, 1], dtype=torch.int32)  # image * 6 + position
+    assignments = sinkhorn_positionwise((F.normalize(features, dim=-1) @ weight.T + bias) / 0.06)
+    for chunk in (1, 4, 6):
+        targets = clustering_head(features, weight, bias, rows, position_chunk=chunk).targets
+        for target, (image, position) in zip(targets, [(3, 5), (0, 0), (1, 1), (1, 1), (3, 4), (0, 1)], strict=True):
+            torch.testing.assert_close(target, assignments[position, image], rtol=1e-4, atol=1e-6)
+            assert (target - assignments[position, image - 1]).abs().max() > 1e-2
+
+
+def test_potentials_are_those_of_sinkhorn() -> None:
+    features, weight, bias, _ = draw(6, 4, 9, 5, dtype=torch.float64)
+    logits = F.normalize(features, dim=-1) @ weight.T + bias
+    for positionwise, slices in [(True, logits), (False, logits.flatten(0, 1))]:
+        expected = sinkhorn_potentials(slices, temperature=0.06)
+        for chunk in (1, 4, 6):
+            head = clustering_head(features, weight, bias, positionwise=positionwise, position_chunk=chunk)
+            for actual, potential in zip(head.potentials, expected, strict=True):
+                torch.testing.assert_close(actual, potential, rtol=1e-9, atol=0)
+
+
+def test_no_rows_and_zero_rows() -> None:
+    features, weight, bias, rows = draw(6, 4, 9, 5)
+    assert clustering_head(features, weight, bias).targets is None
+    assert clustering_head(features, weight, bias, rows[:0]).targets.shape == (0, 9)
+
+
+def test_gradients_reach_weight_and_bias_alone() -> None:
+    features, weight, bias, rows = draw(6, 4, 9, 5)
+    features, weight = features.requires_grad_(), weight.requires_grad_()
+    loss, targets, potentials = clustering_head(features, weight, bias, rows)
+    assert not targets.requires_grad
+    assert not any(x.requires_grad for x in potentials)
+    loss.backward()
+    assert features.grad is None
+    assert bias.grad is None
+    assert weight.grad.abs().max() > 0
+    with torch.no_grad():
+        plain = clustering_head(features, weight, bias, rows)
+    assert not plain.loss.requires_grad
+    assert torch.equal(plain.loss, loss)
+
+
+def test_properties() -> None:
+    features, weight, bias, rows = draw(6, 8, 9, 5, dtype=torch.float64)
+    before = features.clone(), weight.clone(), bias.clone()
+    first = run(clustering_head, features, weight, bias, rows, position_chunk=2)
+    second = run(clustering_head, features, weight, bias, rows, position_chunk=2)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert all(torch.equal(x, y) for x, y in zip((features, weight, bias), before, strict=True))
+    contiguous = run(clustering_head, features.contiguous(), weight, bias, rows, position_chunk=2)
+    assert all(torch.equal(first[name], contiguous[name]) for name in first)
+
+    images = torch.tensor([3, 1, 5, 0, 7, 2, 4, 6])
+    moved = images.argsort()[rows // 6] * 6 + rows % 6
+    permuted = run(clustering_head, features[:, images], weight, bias, moved)
+    scaled = run(clustering_head, features * 7, weight, bias, rows)
+    for name in first:
+        torch.testing.assert_close(permuted[name], first[name], rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(scaled[name], first[name], rtol=1e-10, atol=1e-12)
+
+
+def test_logits_of_all_positions_never_exist_at_once() -> None:
+    features, weight, bias, rows = draw(32, 64, 512, 16)
+    weight.requires_grad_()
+    everything = 32 * 64 * 512 * 4
+    for positionwise in (True, False):
+        options = {"positionwise": positionwise, "position_chunk": 2}
+        assert (
+            peak_allocation(lambda options=options: clustering_head(features, weight, bias, rows, **options))
+            < everything / 3
+        )
+
+
+def test_bad_arguments() -> None:
+    features, weight, bias, rows = draw(6, 4, 9, 5)
+    good = {"features": features, "weight": weight, "bias": bias, "rows": rows}
+    cases = [
+        (TypeError, "features must be floating point, got torch.int64", {"features": features.long()}),
+        (
+            ValueError,
+            r"features must have the axes \[positions, images, dim\], got shape \(4, 5\)",
+            {"features": features[0]},
+        ),
+        (ValueError, "features must have at least one element on the axis positions", {"features": features[:0]}),
+        (ValueError, "features must have at least one element on the axis images", {"features": features[:, :0]}),
+        (ValueError, "features must have at least one element on the axis dim", {"features": features[..., :0]}),
+        (TypeError, "weight must be floating point, got torch.int64", {"weight": weight.long()}),
+        (ValueError, r"weight must have the shape \[prototypes=9, dim=5\], got \(9, 4\)", {"weight": weight[:, :4]}),
+        (ValueError, "weight must have at least one element on the axis prototypes", {"weight": weight[:0]}),
+        (ValueError, "weight must be on the device of features, cpu, got meta", {"weight": weight.to("meta")}),
+        (ValueError, r"bias must have the shape \[prototypes=9\], got \(8,\)", {"bias": bias[:8]}),
+        (TypeError, "bias must have the dtype of weight, torch.float32, got torch.float64", {"bias": bias.double()}),
+        (TypeError, "rows must be torch.int32 or torch.int64, got torch.bool", {"rows": rows.bool()}),
+        (ValueError, r"rows must have one axis, got shape \(1, 11\)", {"rows": rows[None]}),
+        (ValueError, r"rows must be in \[0, 24\), got values from 0 to 24", {"rows": torch.tensor([0, 24])}),
+        (ValueError, r"rows must be in \[0, 24\), got values from -1 to 3", {"rows": torch.tensor([3, -1])}),
+        (ValueError, "target_temperature must be positive and finite, got nan", {"target_temperature": math.nan}),
+        (ValueError, "prediction_temperature must be positive and finite, got 0.0", {"prediction_temperature": 0.0}),
+        (ValueError, "n_iterations must be at least 1, got 0", {"n_iterations": 0}),
+        (ValueError, "eps must be finite and at least 0, got inf", {"eps": math.inf}),
+        (ValueError, "position_chunk must be at least 1, got 0", {"position_chunk": 0}),
+        (TypeError, "process_group must be", {"process_group": "all"}),
+    ]
+    for error, message, bad in cases:
+        with pytest.raises(error, match=message):
+            clustering_head(**(good | bad))
+
+
+IMAGES_OF_RANK = (3, 5)
+
+
+def compare_with_one_process(rank: int, folder: Path) -> None:
+    """Two ranks with different numbers of images against one process that has all of them."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    features, weight, bias, _ = draw(6, 8, 9, 5, dtype=torch.float64)
+    mine = slice(0, 3) if rank == 0 else slice(3, 8)
+    logits = F.normalize(features, dim=-1) @ weight.T + bias
+    alone = {"process_group": None}
+    expected = sinkhorn_positionwise(logits, temperature=0.06, **alone)
+    # Chunks of two positions on the rank with most images; both must cut alike.
+    sinkhorn.CHUNK_BYTES = 2 * 5 * 9 * 8
+    for op in (sinkhorn_positionwise, reference.sinkhorn_positionwise):
+        for group in ("world", torch.distributed.group.WORLD):
+            actual = op(logits[:, mine], temperature=0.06, process_group=group)
+            torch.testing.assert_close(actual, expected[:, mine], rtol=0, atol=1e-13)
+    separate = sinkhorn_positionwise(logits[:, mine], temperature=0.06, **alone)
+    assert (separate - expected[:, mine]).abs().max() > 1e-2
+
+    images = IMAGES_OF_RANK[rank]
+    for positionwise in (True, False):
+        for chunk in (None, 4):
+            options = {"positionwise": positionwise, "position_chunk": chunk}
+            whole = run(clustering_head, features, weight, bias, torch.arange(48), **options, **alone)
+            part = run(clustering_head, features[:, mine], weight, bias, torch.arange(6 * images), **options)
+            torch.testing.assert_close(
+                part["targets"], whole["targets"].unflatten(0, (8, 6))[mine].flatten(0, 1), rtol=0, atol=1e-12
+            )
+            for name in ("loss", "dweight", "dbias"):  # local means: weighted by their tokens they make the global one
+                weighted = part[name] * (images / 8)
+                torch.distributed.all_reduce(weighted)
+                torch.testing.assert_close(weighted, whole[name], rtol=1e-11, atol=1e-12)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(compare_with_one_process, (tmp_path,), nprocs=2)

@@ -1,0 +1,214 @@
+import math
+
+import pytest
+import torch
+from numerics import assert_as_accurate, peak_allocation
+from torch import Tensor
+
+from capi_kernels import (
+    Potentials,
+    assignments_from_potentials,
+    reference,
+    sinkhorn,
+    sinkhorn_positionwise,
+    sinkhorn_potentials,
+)
+
+SHAPES = [(1, 1), (5, 1), (1, 7), (3, 4, 9), (2, 3, 8, 33), (37, 16, 24), (2, 0, 3, 4)]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+def draw(*shape: int, std: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return (std * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+@pytest.fixture(params=[1 << 8, 1 << 12, 1 << 22], ids=["row_blocks", "chunks", "one_chunk"])
+def chunk_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams single rows, a few positions, everything at once."""
+    monkeypatch.setattr(sinkhorn, "CHUNK_BYTES", request.param)
+
+
+@pytest.mark.usefixtures("chunk_bytes")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_assignments_and_potentials_match_the_definition(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    logits = draw(*shape, dtype=dtype)
+    for n_iterations, eps, temperature in [(1, 1e-8, 1.0), (3, 1e-8, 0.06), (4, 0.1, 0.5)]:
+        options = {"n_iterations": n_iterations, "eps": eps, "temperature": temperature}
+        oracle = reference.sinkhorn_positionwise(logits.double(), **options)
+        # In half precision the definition is run in float32, then rounded: the op computes in float32.
+        wide = logits.to(torch.promote_types(dtype, torch.float32))
+        same_dtype = reference.sinkhorn_positionwise(wide, **options).to(dtype)
+        potentials = sinkhorn_potentials(logits, **options)
+        assert {x.dtype for x in potentials} == {wide.dtype}
+        for actual in (
+            sinkhorn_positionwise(logits, **options),
+            assignments_from_potentials(logits, potentials, temperature=temperature),
+        ):
+            if dtype == torch.float64:
+                torch.testing.assert_close(actual, oracle, rtol=0, atol=1e-13)
+            else:
+                assert_as_accurate(actual, same_dtype, oracle)
+
+
+def test_assignments_of_chosen_rows() -> None:
+    logits = draw(5, 6, 7)
+    potentials = sinkhorn_potentials(logits, temperature=0.1)
+    position, image = torch.tensor([4, 0, 4, 2]), torch.tensor([1, 5, 1, 0])
+    chosen = Potentials(
+        potentials.column_max[position], potentials.column[position], potentials.row[position, image].unsqueeze(1)
+    )
+    rows = assignments_from_potentials(logits[position, image].unsqueeze(1), chosen, temperature=0.1).squeeze(1)
+    expected = assignments_from_potentials(logits, potentials, temperature=0.1)[position, image]
+    torch.testing.assert_close(rows, expected, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("chunk_bytes")
+def test_sums() -> None:
+    logits = draw(3, 12, 30, dtype=torch.float64)
+    balanced = sinkhorn_positionwise(logits, 500)
+    torch.testing.assert_close(balanced.sum(-1), torch.ones(3, 12).double(), rtol=0, atol=1e-6)  # eps is 1e-8
+    torch.testing.assert_close(balanced.sum(-2), torch.full((3, 30), 12 / 30).double(), rtol=0, atol=1e-6)
+    once = sinkhorn_positionwise(logits, 1)
+    assert (once.sum(-2) - 12 / 30).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("shape", [(2, 64), (64, 2)], ids=str)
+def test_many_iterations_do_not_drift(shape: tuple[int, int]) -> None:
+    logits = draw(*shape, std=5)
+    oracle = reference.sinkhorn_positionwise(logits.double(), 200)
+    assert_as_accurate(sinkhorn_positionwise(logits, 200), reference.sinkhorn_positionwise(logits, 200), oracle)
+
+
+@pytest.mark.parametrize("n_iterations", [3, 20])
+@pytest.mark.parametrize("kind", ["huge", "far_entries", "far_row", "dead_row", "single_minus_inf"])
+def test_extremes(kind: str, n_iterations: int) -> None:
+    logits = draw(2, 6, 9, std=3)
+    if kind == "huge":
+        logits *= 1e4 / logits.abs().max()
+    if kind == "far_entries":
+        logits[:, :, ::2] -= draw(2, 6, 5).sign() * 150
+    if kind == "far_row":
+        logits[:, 2] -= 60  # still comes back with every division by eps
+    if kind == "dead_row":
+        logits[:, 2] -= 1e4
+    if kind == "single_minus_inf":
+        logits[0, 1, 2] = -math.inf
+    oracle = reference.sinkhorn_positionwise(logits.double(), n_iterations)
+    actual = sinkhorn_positionwise(logits, n_iterations)
+    assert_as_accurate(actual, reference.sinkhorn_positionwise(logits, n_iterations), oracle)
+    assert_as_accurate(
+        assignments_from_potentials(logits, sinkhorn_potentials(logits, n_iterations)),
+        reference.sinkhorn_positionwise(logits, n_iterations),
+        oracle,
+    )
+    if kind == "dead_row":
+        assert (actual[:, 2] == 0).all()
+    if kind == "far_row":
+        assert actual[:, 2].sum() > (1.9 if n_iterations == 20 else 0)
+    if kind == "single_minus_inf":
+        assert actual[0, 1, 2] == 0
+
+
+@pytest.mark.parametrize("bad", ["nan", "inf", "minus_inf_column"])
+def test_what_makes_a_position_nan(bad: str) -> None:
+    logits = draw(3, 6, 9)
+    if bad == "nan":
+        logits[1, 2, 3] = math.nan
+    if bad == "inf":
+        logits[1, 2, 3] = math.inf
+    if bad == "minus_inf_column":
+        logits[1, :, 3] = -math.inf
+    actual = sinkhorn_positionwise(logits)
+    assert actual[1].isnan().all()
+    assert reference.sinkhorn_positionwise(logits)[1].isnan().all()
+    assert actual[0].isfinite().all()
+    assert actual[2].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_strided_logits_equal_contiguous_ones_and_stay_as_they_are(dtype: torch.dtype) -> None:
+    packed = draw(3, 5, 2, 8, 7, dtype=dtype)
+    views = {
+        "images before positions": packed[:, 0, 0].transpose(0, 1),
+        "leading axes swapped": packed.permute(2, 1, 0, 3, 4),
+        "prototypes before images": packed[:, :, 1].mT,
+        "every other prototype": packed[..., ::2],
+        "expanded": packed[:1, :1, 0].expand(4, 5, 8, 7),
+    }
+    for name, view in views.items():
+        before = packed.clone()
+        out = sinkhorn_positionwise(view, temperature=0.1)
+        assert torch.equal(packed, before), name
+        assert torch.equal(
+            out, sinkhorn_positionwise(view.clone(memory_format=torch.contiguous_format), temperature=0.1)
+        ), name
+
+
+def test_properties() -> None:
+    logits = draw(5, 6, 9, dtype=torch.float64)
+    out = sinkhorn_positionwise(logits)
+    assert torch.equal(out, sinkhorn_positionwise(logits))
+    images = torch.tensor([3, 1, 5, 0, 2, 4])
+    torch.testing.assert_close(sinkhorn_positionwise(logits[:, images]), out[:, images], rtol=0, atol=1e-14)
+    for position in range(5):
+        torch.testing.assert_close(sinkhorn_positionwise(logits[position]), out[position], rtol=0, atol=1e-14)
+    torch.testing.assert_close(sinkhorn_positionwise(logits * 0.5, temperature=0.5), out, rtol=0, atol=1e-14)
+
+
+def test_no_gradient_and_no_autocast() -> None:
+    logits = draw(5, 6, 9).requires_grad_()
+    out = sinkhorn_positionwise(logits)
+    assert not out.requires_grad
+    assert not any(x.requires_grad for x in sinkhorn_potentials(logits))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(sinkhorn_positionwise(logits), out)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_memory_is_the_output_the_potentials_and_one_position(dtype: torch.dtype) -> None:
+    positions, images, prototypes = 6, 256, 4096
+    logits = draw(positions, images, prototypes, dtype=dtype)
+    position = 0 if dtype == torch.float32 else images * prototypes * 4
+    potentials = positions * (2 * prototypes + images) * 4
+    small = 8 * (images + prototypes) * 4  # sums and scales of one position
+    assert peak_allocation(lambda: sinkhorn_potentials(logits)) <= images * prototypes * 4 + potentials + small
+    out_bytes = logits.numel() * logits.element_size()
+    assert peak_allocation(lambda: sinkhorn_positionwise(logits)) <= out_bytes + position + potentials + small
+
+
+@pytest.mark.parametrize("op", [sinkhorn_positionwise, sinkhorn_potentials])
+def test_bad_arguments(op) -> None:
+    logits = draw(2, 3, 4)
+    cases = [
+        (TypeError, "logits must be floating point, got torch.int64", logits.long(), {}),
+        (ValueError, r"logits must have the axes \[..., images, prototypes\], got shape \(4,\)", logits[0, 0], {}),
+        (ValueError, "at least one element on the axis images, got 0", logits[:, :0], {}),
+        (ValueError, "at least one element on the axis prototypes, got 0", logits[:, :, :0], {}),
+        (ValueError, "n_iterations must be at least 1, got 0", logits, {"n_iterations": 0}),
+        (ValueError, "eps must be finite and at least 0, got -1e-08", logits, {"eps": -1e-8}),
+        (ValueError, "eps must be finite and at least 0, got nan", logits, {"eps": math.nan}),
+        (ValueError, "temperature must be positive and finite, got nan", logits, {"temperature": math.nan}),
+        (ValueError, "temperature must be positive and finite, got 0.0", logits, {"temperature": 0.0}),
+        (ValueError, "temperature must be positive and finite, got -0.1", logits, {"temperature": -0.1}),
+        (ValueError, "temperature must be positive and finite, got inf", logits, {"temperature": math.inf}),
+        (
+            TypeError,
+            "process_group must be \"world\", a ProcessGroup or None, got 'all'",
+            logits,
+            {"process_group": "all"},
+        ),
+    ]
+    for error, message, bad_logits, options in cases:
+        with pytest.raises(error, match=message):
+            op(bad_logits, **options)
+
+
+def test_bad_potentials() -> None:
+    logits = draw(2, 3, 4)
+    potentials = sinkhorn_potentials(logits)
+    with pytest.raises(ValueError, match=r"row must have the shape \(2, 3\), got \(2, 4\)"):
+        assignments_from_potentials(logits, potentials._replace(row=potentials.column))
+    with pytest.raises(ValueError, match="temperature must be positive and finite, got nan"):
+        assignments_from_potentials(logits, potentials, temperature=math.nan)
