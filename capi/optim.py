@@ -1,0 +1,72 @@
+"""Schedules, AdamW parameter groups, and the exponential moving average."""
+
+import math
+
+import torch
+from torch import nn
+
+from capi.config import OptimConfig, ScheduleConfig
+from capi.model import CAPI
+
+
+def schedule_value(schedule: ScheduleConfig, step: int, steps: int) -> float:
+    """The schedule's value at a step of `steps`: frozen at 0, linear warm-up, truncated cosine, then `final`."""
+    if step >= steps:
+        return float(schedule.final)
+    if step < schedule.freeze_steps:
+        return 0.0
+    step -= schedule.freeze_steps
+    if step < schedule.warmup_steps:
+        return schedule.start + (schedule.base - schedule.start) * step / max(schedule.warmup_steps - 1, 1)
+    progress = (step - schedule.warmup_steps) / (steps - schedule.freeze_steps - schedule.warmup_steps)
+    cosine = 1 + math.cos(math.pi * schedule.truncate * progress)
+    return schedule.final + 0.5 * (schedule.base - schedule.final) * cosine
+
+
+def build_optimizers(model: CAPI, config: OptimConfig) -> tuple[torch.optim.AdamW, torch.optim.AdamW]:
+    """AdamW of the student, in groups of (learning rate, weight decay) multipliers, and of the clustering layer."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.student.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault(_multipliers(name, config), []).append(parameter)
+    student = torch.optim.AdamW(
+        [
+            {"params": params, "lr_multiplier": lr, "weight_decay": config.weight_decay * decay}
+            for (lr, decay), params in groups.items()
+        ],
+        betas=config.betas,
+        fused=True,
+    )
+    clustering = torch.optim.AdamW(
+        model.teacher["head"].parameters(),
+        betas=config.betas,
+        weight_decay=config.clustering_weight_decay,
+        fused=True,
+    )
+    return student, clustering
+
+
+def _multipliers(name: str, config: OptimConfig) -> tuple[float, float]:
+    """Learning-rate and weight-decay multipliers of a student parameter."""
+    lr = config.patch_embed_lr_multiplier if "patch_embed" in name else 1.0
+    if name.endswith(".bias"):
+        return lr, 0.0
+    return lr, config.norm_weight_decay_multiplier if "norm.weight" in name else 1.0
+
+
+def set_learning_rates(
+    student: torch.optim.Optimizer, clustering: torch.optim.Optimizer, lr: float, clustering_lr: float
+) -> None:
+    for group in student.param_groups:
+        group["lr"] = lr * group["lr_multiplier"]
+    for group in clustering.param_groups:
+        group["lr"] = clustering_lr
+
+
+@torch.no_grad()
+def update_ema(model: CAPI, momentum: float) -> None:
+    """Moves the moving average towards the student: ema <- momentum * ema + (1 - momentum) * student."""
+    pairs = zip(model.student_ema.parameters(), model.student.parameters(), strict=True)
+    trained = [(ema, student) for ema, student in pairs if student.requires_grad]
+    ema, student = (list(side) for side in zip(*trained, strict=True))
+    torch._foreach_lerp_(ema, student, 1 - momentum)

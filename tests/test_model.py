@@ -1,0 +1,239 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from capi.config import ClusteringConfig, MaskingConfig, ModelConfig
+from capi.masking import Masks, sample_masks
+from capi.model import (
+    CAPI,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Backbone,
+    DropPath,
+    normalize_images,
+    prediction_loss,
+    target_entropy,
+)
+from capi_kernels import rotary_tables
+
+SHAPE = ModelConfig(
+    patch_size=4, embed_dim=32, num_heads=2, encoder_depth=2, predictor_depth=2, n_registers=4, drop_path_rate=0.0
+)
+RAGGED = MaskingConfig(mask_ratio=(0.3, 0.8), prediction_subsampling=0.4)
+
+
+def make_backbone(config: ModelConfig = SHAPE) -> Backbone:
+    torch.manual_seed(0)
+    return Backbone(config).init_weights().double()
+
+
+def make_batch(n: int = 5, rows: int = 5, columns: int = 7, masking: MaskingConfig = RAGGED):
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(n, 3, 4 * rows, 4 * columns, generator=generator, dtype=torch.float64)
+    return images, sample_masks(masking, (rows, columns), [np.random.default_rng((7, i)) for i in range(n)])
+
+
+def masks_of_image(masks: Masks, image: int, n_tokens: int) -> Masks:
+    visible = masks.visible_indices.split(masks.visible_counts)[image] - image * n_tokens
+    predicted = masks.predict_indices.split(masks.predict_counts)[image] - image * n_tokens
+    return Masks(visible, predicted, (len(visible),), (len(predicted),))
+
+
+def test_packed_images_of_different_lengths_equal_each_image_alone() -> None:
+    backbone, (images, masks) = make_backbone(), make_batch()
+    assert len(set(masks.visible_counts)) > 1
+    together = backbone.predict(images, masks).split(masks.predict_counts)
+    for image, predicted in enumerate(together):
+        alone = backbone.predict(images[image : image + 1], masks_of_image(masks, image, 35))
+        torch.testing.assert_close(predicted, alone, rtol=0, atol=1e-12)
+
+
+def test_a_prediction_depends_on_no_other_query() -> None:
+    backbone, (images, masks) = make_backbone(), make_batch()
+    everything = backbone.predict(images, masks)
+    first = torch.tensor([sum(masks.predict_counts[:i]) for i in range(len(masks.predict_counts))])
+    one_each = Masks(masks.visible_indices, masks.predict_indices[first], masks.visible_counts, (1,) * len(first))
+    torch.testing.assert_close(backbone.predict(images, one_each), everything[first], rtol=0, atol=1e-12)
+
+
+def test_masked_pixels_are_not_seen() -> None:
+    backbone, (images, masks) = make_backbone(), make_batch()
+    visible = torch.zeros(5 * 35, dtype=torch.bool)
+    visible[masks.visible_indices] = True
+    pixels = visible.view(5, 1, 5, 7).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    scrambled = torch.where(pixels, images, torch.randn_like(images))
+    assert torch.equal(backbone.predict(scrambled, masks), backbone.predict(images, masks))
+
+
+def test_evaluation_forward_on_a_grid_that_is_not_square() -> None:
+    backbone, (images, _) = make_backbone(), make_batch()
+    global_vector, registers, feature_map = backbone(images)
+    assert global_vector.shape == (5, 32)
+    assert registers.shape == (5, 4, 32)
+    assert feature_map.shape == (5, 5, 7, 32)
+    encoded, packed = backbone.encode(images)
+    assert packed.counts == (39,) * 5
+    torch.testing.assert_close(encoded.view(5, 39, 32)[:, 4:].reshape(feature_map.shape), feature_map)
+
+
+def test_image_sides_must_be_multiples_of_the_patch() -> None:
+    with pytest.raises(ValueError, match=r"multiples of the patch size 4, got \(1, 3, 18, 16\)"):
+        make_backbone()(torch.zeros(1, 3, 18, 16, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_heads": 3}, "multiple of 4, got 32 / 3"),
+        ({"num_heads": 16}, "multiple of 4, got 32 / 16"),
+        ({"n_registers": 6}, "n_registers must be a multiple of 4, got 6"),
+        ({"encoder_depth": 0}, "must be at least 1, got 0 and 2"),
+    ],
+)
+def test_impossible_shapes(change, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        Backbone(ModelConfig(**({"patch_size": 4, "embed_dim": 32, "predictor_depth": 2, "num_heads": 2} | change)))
+
+
+def test_no_registers_at_all() -> None:
+    backbone = make_backbone(ModelConfig(**{**SHAPE.__dict__, "n_registers": 0}))
+    images, masks = make_batch()
+    assert backbone.predict(images, masks).isfinite().all()
+    assert backbone(images)[1].shape == (5, 0, 32)
+
+
+def test_drop_path_computes_the_kept_images_alone_and_weighs_them_up() -> None:
+    """One block by hand: x + b/n_keep * residual on the drawn images, x elsewhere."""
+    backbone, (images, masks) = make_backbone(), make_batch()
+    x, packed = backbone.encode(images, masks)
+    block = backbone.encoder.blocks[0]
+    n_tokens, weight = [0, *np.cumsum(packed.counts)], 5 / 3
+    rng = np.random.default_rng(3)
+    first, second = rng.permutation(5)[:3], rng.permutation(5)[:3]
+    assert set(first) != set(second)
+    expected = []
+    for image in range(5):
+        tokens = x[n_tokens[image] : n_tokens[image + 1]]
+        alone, _ = packed.subset(np.array([image]))
+        if image in first:
+            attention = block.residual1
+            tokens = tokens + weight * attention.fn(attention.norm(tokens), alone)
+        if image in second:
+            tokens = tokens + weight * block.residual2.fn(block.residual2.norm(tokens))
+        expected.append(tokens)
+    actual = block(x, packed, drop_path=DropPath(0.4, np.random.default_rng(3)))
+    torch.testing.assert_close(actual, torch.cat(expected), rtol=0, atol=1e-12)
+
+
+def test_drop_path_of_the_predictor_keeps_queries_with_their_own_image() -> None:
+    """With a rate so small that every image is kept, in shuffled order, nothing may change."""
+    for masking in (RAGGED, MaskingConfig(mask_ratio=0.65, prediction_subsampling=0.4)):
+        backbone, (images, masks) = make_backbone(), make_batch(masking=masking)
+        shuffled = DropPath(0.0, np.random.default_rng(0))
+        torch.testing.assert_close(
+            backbone.predict(images, masks, shuffled), backbone.predict(images, masks), rtol=0, atol=1e-12
+        )
+
+
+def test_drop_path_counts() -> None:
+    for n_images, kept in [(512, 409), (5, 4), (2, 1), (1, 1)]:
+        images, weight = DropPath(0.2, np.random.default_rng(0)).draw(n_images)
+        assert len(set(images.tolist())) == kept
+        assert weight == n_images / kept
+
+
+def test_initial_weights() -> None:
+    torch.manual_seed(0)
+    config = ModelConfig(patch_size=8, embed_dim=128, num_heads=4, encoder_depth=1, predictor_depth=1)
+    model = CAPI(config, ClusteringConfig(n_prototypes=512)).init_weights()
+    state = model.state_dict()
+    block = "student.backbone.encoder.blocks.0."
+    for name, fans in [("residual1.fn.q_proj", 128 + 128), ("residual2.fn.fc1", 128 + 512)]:
+        bound, weight = math.sqrt(6 / fans), state[f"{block}{name}.weight"]
+        assert 0.99 * bound < float(weight.abs().max()) <= bound
+        assert float(weight.std()) == pytest.approx(bound / math.sqrt(3), rel=0.02)
+    bound = math.sqrt(6 / (128 + 3 * 64))  # xavier of the patches' linear map, not of the convolution
+    assert 0.99 * bound < float(state["student.backbone.patch_embed.weight"].abs().max()) <= bound
+    assert float(state["student.backbone.patch_embed.bias"].abs().max()) <= 1 / math.sqrt(3 * 64)
+    assert float(state["student.backbone.patch_embed.bias"].std()) > 0
+    assert float(state["student.backbone.registers"].std()) == pytest.approx(0.02, rel=0.1)
+    assert float(state["student.backbone.mask_token"].std()) == pytest.approx(0.02, rel=0.25)
+    assert (state[f"{block}residual1.norm.weight"] == 1).all()
+    assert (state["student.head.last_layer.weight_g"] == 1).all()
+    assert float(state["student.head.last_layer.weight_v"].std()) == pytest.approx(0.02, rel=0.02)
+    assert float(state["teacher.head.layer.weight"].std()) == pytest.approx(1, rel=0.02)
+    assert (state["teacher.head.layer.bias"] == 0).all()
+    for name, tensor in model.student.state_dict().items():
+        assert torch.equal(model.student_ema.state_dict()[name], tensor)
+    freqs = state[f"{block}residual1.fn.rope.freqs"]
+    assert freqs.shape == (2, 32)
+    assert (freqs[0, 16:] == 0).all()
+    assert (freqs[1, :16] == 0).all()
+    assert torch.equal(freqs[0, :8], freqs[0, 8:16])
+    assert torch.equal(freqs[0, :16], freqs[1, 16:])
+    assert float(freqs[0, 0]) == pytest.approx(2 * math.pi * 7)
+    assert float(freqs[0, 7]) == pytest.approx(2 * math.pi * 7e-4, rel=1e-5)
+
+
+def test_the_head_is_a_scaled_cosine() -> None:
+    torch.manual_seed(0)
+    head = CAPI(SHAPE, ClusteringConfig(n_prototypes=48)).init_weights().student.head.double()
+    with torch.no_grad():
+        head.last_layer.weight_g.uniform_(0.5, 2)
+    x = torch.randn(6, 32, dtype=torch.float64)
+    cosine = torch.cosine_similarity(x[:, None], head.last_layer.weight_v[None], dim=-1)
+    torch.testing.assert_close(head(x), cosine * head.last_layer.weight_g[:, 0], rtol=1e-6, atol=1e-7)
+
+
+def test_targets_come_in_the_order_of_the_predictions() -> None:
+    torch.manual_seed(0)
+    model = CAPI(SHAPE, ClusteringConfig(n_prototypes=20)).init_weights().double()
+    images, masks = make_batch()
+    _, targets = model.cluster(images, masks)
+    order = torch.cat(
+        [part.flip(0) for part in torch.arange(len(masks.predict_indices)).split(masks.predict_counts)]
+    )
+    flipped = Masks(masks.visible_indices, masks.predict_indices[order], masks.visible_counts, masks.predict_counts)
+    assert torch.equal(model.cluster(images, flipped)[1], targets[order])
+    assert not torch.equal(targets[order], targets)
+    torch.testing.assert_close(targets.sum(-1), torch.ones_like(targets[:, 0]))
+
+
+def test_losses_against_their_formulas() -> None:
+    logits, targets = torch.randn(7, 5).double(), torch.rand(7, 5).double()
+    expected = 0.0
+    for z, t in zip((logits / 0.12).tolist(), targets.tolist(), strict=True):
+        normaliser = math.log(sum(math.exp(v - max(z)) for v in z)) + max(z)
+        expected += sum(p * (normaliser - v) for p, v in zip(t, z, strict=True)) / 7
+    assert float(prediction_loss(logits, targets, 0.12)) == pytest.approx(expected, rel=1e-6)
+    assert float(target_entropy(torch.full((3, 8), 1 / 8))) == pytest.approx(math.log(8))
+    assert float(target_entropy(torch.eye(4))) == 0
+
+
+def test_bf16_compute_stays_near_fp32_and_forms_angles_in_fp32() -> None:
+    torch.manual_seed(0)
+    model = CAPI(SHAPE, ClusteringConfig(n_prototypes=20)).init_weights()
+    images, masks = make_batch()
+    images = images.float()
+    with torch.no_grad():
+        exact_loss, exact = model.cluster(images, masks)
+        exact_logits = model.student(images, masks)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, targets = model.cluster(images, masks)
+            logits = model.student(images, masks)
+            cos, _ = rotary_tables(torch.rand(9, 2), model.student.backbone.encoder.blocks[0].residual1.fn.rope.freqs)
+    assert cos.dtype == torch.float32
+    assert logits.dtype == torch.bfloat16
+    assert float(loss) == pytest.approx(float(exact_loss), rel=0.05)
+    assert float((logits - exact_logits).abs().max()) < 0.05
+    assert float((targets - exact).abs().mean()) < 0.05
+
+
+def test_images_are_normalised_to_imagenet_statistics() -> None:
+    images = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+    normal = normalize_images(images)
+    for channel in range(3):
+        back = (normal[:, channel] * IMAGENET_STD[channel] + IMAGENET_MEAN[channel]) * 255
+        torch.testing.assert_close(back, images[:, channel].float(), rtol=0, atol=1e-3)
