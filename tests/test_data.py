@@ -1,0 +1,782 @@
+"""Real files in, exact pixels out: decoding, order, sharing among ranks and processes, resuming, broken input."""
+
+import io
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+from itertools import chain, islice
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from PIL import Image, JpegImagePlugin
+from torch import Tensor
+
+from capi.config import Config
+from capi.data import Batch, ImageStream, centre_box, crop, evaluation_images, random_box
+from capi.masking import sample_masks
+from capi.sources import Cursor, ShardReader, SourceError, open_source
+from capi.synthetic import SyntheticScenes
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # More processes than cores, on purpose.
+
+PHOTOGRAPH = (Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg").read_bytes()
+SIZE = 8
+
+
+def make_config(source: str, *, batch_size: int = 6, seed: int = 0, **data) -> Config:
+    config = Config()
+    config.model.patch_size = 2
+    config.masking.prediction_subsampling = 0.5
+    config.optim.batch_size = batch_size
+    config.run.seed, config.run.device = seed, "cpu"
+    config.data.source, config.data.image_size, config.data.num_workers = source, SIZE, 0
+    config.data.image_key = "png" if source.startswith("wds:") else "image"
+    for name, value in data.items():
+        setattr(config.data, name, value)
+    return config
+
+
+def encoded(image: Image.Image, file_format: str = "PNG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, file_format, **options)
+    return file.getvalue()
+
+
+def numbered(number: int) -> bytes:
+    """A PNG of one colour, which tells its number after any crop."""
+    return encoded(Image.new("RGB", (12, 10), (number, 255 - number, 7 * number % 256)))
+
+
+def numbers(batch: Batch) -> list[int]:
+    assert torch.equal(batch.images, batch.images[:, :, :1, :1].expand_as(batch.images))
+    assert torch.equal(batch.images[:, 1], 255 - batch.images[:, 0])
+    return batch.images[:, 0, 0, 0].tolist()
+
+
+def joined(lists: Iterable[list]) -> list:
+    return list(chain.from_iterable(lists))
+
+
+def take(config: Config, n: int, **options) -> list[Batch]:
+    return list(islice(ImageStream(config, **options), n))
+
+
+def mask_tensors(batch: Batch) -> list[Tensor]:
+    values = [getattr(batch.masks, field.name) for field in fields(batch.masks)]
+    return [value if isinstance(value, Tensor) else torch.tensor(value) for value in values]
+
+
+def assert_equal(actual: list[Batch], expected: list[Batch]) -> None:
+    assert len(actual) == len(expected)
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a.images, e.images)
+        assert all(map(torch.equal, mask_tensors(a), mask_tensors(e)))
+
+
+def gradient(width: int, height: int) -> Image.Image:
+    """Red grows to the right, green downwards, by the same step a pixel in both."""
+    step = 255 / max(width, height)
+    x, y = np.meshgrid((np.arange(width) + 0.5) * step, (np.arange(height) + 0.5) * step)
+    return Image.fromarray(np.stack([x, y, np.full_like(x, 128)], axis=-1).round().astype(np.uint8))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for number in range(20):
+        path = tmp_path / "images" / f"class{number % 3}" / f"{number:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(numbered(number))
+    return tmp_path / "images"
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def write_shards(root: Path, n_shards: int, n_images: int) -> None:
+    for shard in range(n_shards):
+        members = {}
+        for i in range(n_images):
+            members[f"{i:03d}.json"] = json.dumps({"label": i}).encode()
+            members[f"{i:03d}.png"] = numbered(shard * n_images + i)
+        write_tar(root / f"{shard:03d}.tar", members)
+
+
+@pytest.fixture(params=["wds", "hf parquet", "hf imagefolder"])
+def streamed(request, tmp_path: Path) -> str:
+    """A streamed source of images 0 to 23: 4 shards of 6, or one of 24."""
+    root = tmp_path / "stream"
+    root.mkdir()
+    if request.param == "wds":
+        write_shards(root, 4, 6)
+        return f"wds:{root}/{{000..003}}.tar"
+    if request.param == "hf imagefolder":
+        for number in range(24):
+            (root / f"{number:02d}.png").write_bytes(numbered(number))
+        return f"hf:{root}"
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for shard in range(4):
+        images = [{"bytes": numbered(6 * shard + i), "path": f"{i}.png"} for i in range(6)]
+        table = pa.table({"image": images, "label": list(range(6))})
+        pq.write_table(table, root / f"train-{shard}.parquet", row_group_size=4)
+    return f"hf:{root}"
+
+
+class TestCrop:
+    def test_photograph_matches_pillow(self):
+        box = (30, 40, 400, 500)
+        actual = crop(PHOTOGRAPH, 224, lambda width, height: box)
+        image = Image.open(io.BytesIO(PHOTOGRAPH))
+        expected = image.resize((224, 224), Image.Resampling.BICUBIC, box=(30, 40, 430, 540))
+        assert np.array_equal(actual, expected)
+        # torchvision crops before it resizes: the same but at the border, where the kernel may look past the box.
+        cropped = np.asarray(image.crop((30, 40, 430, 540)).resize((224, 224), Image.Resampling.BICUBIC))
+        inside = np.abs(actual.astype(int) - cropped)[4:-4, 4:-4]
+        assert inside.max() <= 1
+
+    def test_sees_the_size_and_hands_over_pixels(self):
+        pixels = np.asarray(gradient(20, 10))
+        sizes = []
+        actual = crop(pixels, 5, lambda *size: sizes.append(size) or (2, 3, 5, 5))
+        assert sizes == [(20, 10)]
+        assert np.array_equal(actual, pixels[3:8, 2:7])
+
+    @pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+    @pytest.mark.parametrize(
+        ("image", "options", "expected"),
+        [
+            (Image.new("RGB", (9, 9), (10, 20, 30)), {}, (10, 20, 30)),
+            (Image.new("RGBA", (9, 9), (10, 20, 30, 5)), {}, (10, 20, 30)),
+            (Image.new("L", (9, 9), 77), {}, (77, 77, 77)),
+            (Image.new("LA", (9, 9), (77, 5)), {}, (77, 77, 77)),
+            (Image.new("1", (9, 9), 1), {}, (255, 255, 255)),
+            (Image.new("RGB", (9, 9), (10, 20, 30)).quantize(4), {"transparency": 0}, (10, 20, 30)),
+            (Image.new("RGB", (9, 9), (10, 20, 30)).quantize(4), {"transparency": b"\x05\xff"}, (10, 20, 30)),
+            (Image.fromarray(np.full((9, 9), 25700, np.uint16)), {}, (100, 100, 100)),
+            (Image.fromarray(np.full((9, 9), 65535, np.uint16)), {}, (255, 255, 255)),
+            (Image.fromarray(np.full((9, 9), 200, np.uint16)), {}, (1, 1, 1)),
+            (Image.fromarray(np.full((9, 9), 25700, np.uint16)), {"file_format": "TIFF"}, (100, 100, 100)),
+            (Image.fromarray(np.full((9, 9), 25700, np.int32)), {"file_format": "TIFF"}, (100, 100, 100)),
+            (Image.new("CMYK", (9, 9), (255, 0, 0, 0)), {"file_format": "TIFF"}, (0, 255, 255)),
+            (Image.new("CMYK", (9, 9), (0, 0, 0, 128)), {"file_format": "JPEG", "quality": 100}, (127, 127, 127)),
+            (Image.new("L", (9, 9), 77), {"file_format": "JPEG", "quality": 100}, (77, 77, 77)),
+            (Image.new("RGB", (9, 9), (50, 50, 50)), {"file_format": "WEBP", "lossless": True}, (50, 50, 50)),
+            (Image.new("P", (9, 9), 0), {"file_format": "GIF"}, (0, 0, 0)),
+        ],
+    )
+    def test_every_mode_becomes_rgb(self, image: Image.Image, options: dict, expected: tuple):
+        actual = crop(encoded(image, **options), 4, centre_box)
+        assert actual.shape == (4, 4, 3)
+        assert actual.dtype == np.uint8
+        assert np.array_equal(actual, np.broadcast_to(np.array(expected), (4, 4, 3)))
+
+    @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "TIFF"])
+    @pytest.mark.parametrize(
+        ("orientation", "as_stored"),
+        [
+            (1, lambda upright: upright),
+            (2, lambda upright: upright[:, ::-1]),
+            (3, lambda upright: upright[::-1, ::-1]),
+            (4, lambda upright: upright[::-1]),
+            (5, lambda upright: upright.swapaxes(0, 1)),
+            (6, lambda upright: np.rot90(upright, 1)),
+            (7, lambda upright: upright[::-1, ::-1].swapaxes(0, 1)),
+            (8, lambda upright: np.rot90(upright, -1)),
+        ],
+    )
+    def test_exif_orientation(self, orientation: int, as_stored: Callable, file_format: str):
+        upright = np.asarray(gradient(48, 32))
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        options = {"quality": 100, "subsampling": 0} if file_format == "JPEG" else {}
+        data = encoded(Image.fromarray(np.ascontiguousarray(as_stored(upright))), file_format, exif=exif, **options)
+        actual = crop(data, 16, centre_box).astype(int)
+        expected = np.asarray(Image.fromarray(upright[:, 8:40]).resize((16, 16), Image.Resampling.BICUBIC))
+        # One level of rounding for the order of the two passes, two more for JPEG's own at quality 100.
+        assert np.abs(actual - expected).max() <= (3 if file_format == "JPEG" else 1)
+
+    @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+    def test_broken_metadata_do_no_harm(self):
+        data = encoded(Image.new("RGB", (9, 9), (50, 50, 50)), "JPEG", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xffjunk")
+        assert np.array_equal(crop(data, 4, centre_box), np.full((4, 4, 3), 50))
+
+    @pytest.mark.parametrize(("side", "reductions"), [(31, [1]), (32, [2]), (63, [2]), (64, [4]), (200, [8])])
+    def test_large_jpeg_is_decoded_small_but_lands_alike(self, monkeypatch, side: int, reductions: list[int]):
+        asked = []
+        draft = JpegImagePlugin.JpegImageFile.draft
+
+        def recorded(image, mode, size):
+            asked.append(round(image.width / size[0]))
+            return draft(image, mode, size)
+
+        monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "draft", recorded)
+        image = gradient(331, 273)
+        box = (61, 47, side, side)
+        actual = crop(encoded(image, "JPEG", quality=100, subsampling=0), SIZE, lambda *_: box).astype(int)
+        expected = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=(61, 47, 61 + side, 47 + side))
+        assert asked == reductions
+        # A pixel of the source is 255 / 331 levels: a box that is off by more than 3 pixels shows.
+        assert np.abs(actual - np.asarray(expected))[..., :2].max() <= 3
+
+    @pytest.mark.parametrize("file_format", ["JPEG", "PNG"])
+    def test_truncated_file_raises(self, file_format: str):
+        data = encoded(Image.open(io.BytesIO(PHOTOGRAPH)), file_format)
+        with pytest.raises(OSError, match="truncated"):
+            crop(data[: len(data) * 2 // 3], SIZE, centre_box)
+
+
+class TestRandomBox:
+    SCALE = (0.3, 0.9)
+
+    def boxes(self, width: int, height: int, n: int = 4000) -> np.ndarray:
+        rng = np.random.default_rng(0)
+        return np.array([random_box(width, height, self.SCALE, rng) for _ in range(n)])
+
+    def test_lies_inside_with_area_and_aspect_in_range(self):
+        left, top, width, height = self.boxes(500, 375).T
+        assert (left >= 0).all() and (left + width <= 500).all()
+        assert (top >= 0).all() and (top + height <= 375).all()
+        # Sides are rounded by up to half a pixel, so area by up to (width + height) / 2 + 1.
+        slack = (width + height) / 2 + 1
+        assert (width * height >= self.SCALE[0] * 500 * 375 - slack).all()
+        assert (width * height <= self.SCALE[1] * 500 * 375 + slack).all()
+        assert (width + 0.5 >= 3 / 4 * (height - 0.5)).all()
+        assert (width - 0.5 <= 4 / 3 * (height + 0.5)).all()
+
+    def test_distribution(self):
+        # At up to 0.9 * 3/4 of the area every draw fits into a square: both laws are then the uniform ones.
+        rng, n = np.random.default_rng(0), 4000
+        left, top, width, height = np.array([random_box(2000, 2000, (0.3, 0.75), rng) for _ in range(n)]).T
+        uniforms = [
+            (width * height / 2000**2 - 0.3) / 0.45,
+            np.log(width / height) / (2 * np.log(4 / 3)) + 0.5,
+            (left + 0.5) / (2000 - width + 1),
+            (top + 0.5) / (2000 - height + 1),
+        ]
+        for values in uniforms:
+            # Kolmogorov-Smirnov: 1.95 / sqrt(n) is exceeded once in a thousand.
+            distance = np.abs(np.sort(values) - (np.arange(n) + 0.5) / n).max()
+            assert distance < 1.95 / np.sqrt(n)
+
+    @pytest.mark.parametrize(
+        ("size", "expected"),
+        [((100, 9), (44, 0, 12, 9)), ((9, 100), (0, 44, 9, 12)), ((1, 1), (0, 0, 1, 1)), ((1, 50), (0, 24, 1, 1))],
+    )
+    def test_falls_back_to_the_centre(self, size: tuple, expected: tuple):
+        assert random_box(*size, (0.99, 1.0), np.random.default_rng(0)) == expected
+
+
+class TestFolder:
+    def test_listing(self, tmp_path: Path):
+        root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+        files = [
+            "b/2.JPEG",
+            "b/1.png",
+            "a/deep/er/0.Webp",
+            "z.jpg",
+            "b/notes.txt",
+            "b/.hidden.png",
+            ".git/x.png",
+            "png",
+        ]
+        for file in files:
+            (root / file).parent.mkdir(parents=True, exist_ok=True)
+            (root / file).write_bytes(b"")
+        elsewhere.mkdir()
+        (elsewhere / "linked.tif").write_bytes(b"")
+        (root / "c").symlink_to(elsewhere)
+        (root / "a" / "loop").symlink_to(root)
+        source = open_source(make_config(f"folder:{root}"))
+        names = [str(Path(source.name(i)).relative_to(root)) for i in range(len(source))]
+        assert names == ["a/deep/er/0.Webp", "b/1.png", "b/2.JPEG", "c/linked.tif", "z.jpg"]
+
+    def test_names_in_any_encoding(self, tmp_path: Path):
+        path = os.fsencode(tmp_path) + b"/caf\xe9 \xe2\x82\xac.png"
+        Path(os.fsdecode(path)).write_bytes(numbered(3))
+        (tmp_path / "a much longer name than the other.png").write_bytes(numbered(4))
+        batch = take(make_config(f"folder:{tmp_path}"), 1)[0]
+        assert set(numbers(batch)) == {3, 4}
+
+    def test_each_epoch_shows_every_image_once_in_its_own_order(self, folder: Path):
+        config = make_config(f"folder:{folder}", batch_size=5)
+        shown = [number for batch in take(config, 8) for number in numbers(batch)]
+        assert sorted(shown[:20]) == sorted(shown[20:]) == list(range(20))
+        assert len({tuple(shown[:20]), tuple(shown[20:]), tuple(range(20))}) == 3
+        other = make_config(f"folder:{folder}", batch_size=5, seed=1)
+        assert numbers(take(other, 1)[0]) != shown[:5]
+
+    def test_batch_larger_than_the_source(self, folder: Path):
+        shown = numbers(take(make_config(f"folder:{folder}", batch_size=60), 1)[0])
+        assert all(sorted(shown[i : i + 20]) == list(range(20)) for i in (0, 20, 40))
+
+    @pytest.mark.parametrize(
+        ("broken", "num_workers"),
+        [("truncated.jpg", 0), ("truncated.png", 2), ("text.jpg", 0), ("empty.png", 0), ("dangling.png", 0)],
+    )
+    def test_unreadable_file_is_replaced_and_named_once(self, folder: Path, caplog, broken: str, num_workers: int):
+        path = folder / "class1" / f"04-{broken}"  # Just before class1/04.png.
+        photograph = Image.open(io.BytesIO(PHOTOGRAPH))
+        if broken.startswith("dangling"):
+            path.symlink_to(folder / "nowhere")
+        else:
+            contents = {
+                "truncated.jpg": encoded(photograph, "JPEG")[:20000],
+                "truncated.png": encoded(photograph)[:20000],
+                "text.jpg": b"no image",
+                "empty.png": b"",
+            }
+            path.write_bytes(contents[broken])
+        stream = ImageStream(make_config(f"folder:{folder}", batch_size=7, num_workers=num_workers))
+        batches = list(islice(stream, 6))
+        shown = [numbers(batch) for batch in batches]
+        for epoch in (joined(shown[:3]), joined(shown[3:])):
+            assert sorted(epoch) == sorted([*range(20), 4])
+        assert [batch.skipped for batch in batches].count([str(path)]) == 2
+        assert sum(len(batch.skipped) for batch in batches) == 2
+        assert stream.n_skipped == 1
+        assert sum(str(path) in record.getMessage() for record in caplog.records) == 1
+
+    def test_last_file_is_replaced_by_the_first(self, folder: Path):
+        (folder / "zz.png").write_bytes(b"")
+        shown = [n for batch in take(make_config(f"folder:{folder}", batch_size=7), 3) for n in numbers(batch)]
+        assert sorted(shown) == sorted([*range(20), 0])
+
+    def test_warnings_and_bombs_do_not_end_the_run(self, folder: Path, monkeypatch):
+        # 12 x 10 pixels are above the limit of a warning; 30 x 30 above twice that, an error.
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+        (folder / "bomb.png").write_bytes(encoded(Image.new("RGB", (30, 30))))
+        batches = take(make_config(f"folder:{folder}", batch_size=7), 3)
+        assert joined(batch.skipped for batch in batches) == [str(folder / "bomb.png")]
+        assert set(joined(numbers(batch) for batch in batches)) == set(range(20))
+
+
+class TestDeterminism:
+    """The bits of a batch depend on the seed and the step alone."""
+
+    @pytest.fixture
+    def photographs(self, tmp_path: Path) -> str:
+        image = Image.open(io.BytesIO(PHOTOGRAPH)).resize((60, 70))
+        for i in range(13):
+            (tmp_path / f"{i}.jpg").write_bytes(encoded(image.rotate(20 * i), "JPEG"))
+        (tmp_path / "5.jpg").write_bytes(b"broken")
+        return f"folder:{tmp_path}"
+
+    @pytest.mark.parametrize("kind", ["folder", "synthetic"])
+    def test_number_of_processes_and_ranks(self, photographs: str, kind: str):
+        source = photographs if kind == "folder" else "synthetic"
+        config = make_config(source, synthetic_size=13)
+        expected = take(config, 7)
+        for num_workers in (1, 3):
+            assert_equal(take(make_config(source, synthetic_size=13, num_workers=num_workers), 7), expected)
+        ranks = [take(config, 7, rank=rank, world_size=2) for rank in range(2)]
+        joined = [torch.cat([a.images, b.images]) for a, b in zip(*ranks, strict=True)]
+        assert all(map(torch.equal, joined, [batch.images for batch in expected]))
+        predicted = [a.masks.predict_counts + b.masks.predict_counts for a, b in zip(*ranks, strict=True)]
+        assert predicted == [batch.masks.predict_counts for batch in expected]
+        n_tokens = (SIZE // 2) ** 2
+        shifted = [
+            torch.cat([a.masks.predict_indices, b.masks.predict_indices + 3 * n_tokens])
+            for a, b in zip(*ranks, strict=True)
+        ]
+        assert all(map(torch.equal, shifted, [batch.masks.predict_indices for batch in expected]))
+
+    def test_crop_flip_and_mask_follow_from_seed_epoch_and_index(self, photographs: str):
+        config = make_config(photographs, batch_size=13, seed=5)
+        config.data.crop_scale = (0.2, 0.9)
+        source = open_source(config)
+        for epoch, batch in enumerate(take(config, 2)):
+            order = np.random.default_rng((5, epoch, 0, 2)).permutation(13)
+            for image, index in zip(batch.images, order, strict=True):
+                rng = np.random.default_rng((5, epoch, int(index), 0))
+                name = source.name(int(index))
+                data = source.read(int(index) + 1) if name.endswith("5.jpg") else source.read(int(index))
+                expected = crop(data, SIZE, lambda w, h, rng=rng: random_box(w, h, (0.2, 0.9), rng))
+                expected = expected[:, ::-1] if rng.random() < 0.5 else expected
+                assert np.array_equal(image.permute(1, 2, 0), expected)
+            rngs = [np.random.default_rng((5, epoch, int(index), 1)) for index in order]
+            masks = sample_masks(config.masking, (SIZE // 2, SIZE // 2), rngs)
+            assert torch.equal(batch.masks.visible_indices, masks.visible_indices)
+            assert torch.equal(batch.masks.predict_indices, masks.predict_indices)
+
+    def test_half_of_the_crops_are_flipped(self, tmp_path: Path):
+        (tmp_path / "0.png").write_bytes(encoded(gradient(40, 40)))
+        config = make_config(f"folder:{tmp_path}", batch_size=200)
+        images = take(config, 1)[0].images[:, 0].int()
+        flipped = int((images[:, :, 0] > images[:, :, -1]).all(1).sum())
+        upright = int((images[:, :, 0] < images[:, :, -1]).all(1).sum())
+        assert flipped + upright == 200
+        assert abs(flipped - 100) < 4 * np.sqrt(50)
+        images = take(make_config(f"folder:{tmp_path}", batch_size=200, hflip=False), 1)[0].images[:, 0].int()
+        assert (images[:, :, 0] < images[:, :, -1]).all()
+
+    @pytest.mark.parametrize("num_workers", [0, 3])
+    def test_resume(self, photographs: str, num_workers: int):
+        config = make_config(photographs, num_workers=num_workers)
+        expected = take(config, 9)
+        assert_equal(take(config, 5, start_step=4), expected[4:])
+        stream = ImageStream(config)
+        iterator = iter(stream)
+        assert_equal(list(islice(iterator, 4)), expected[:4])
+        state = pickle.loads(pickle.dumps(stream.state_dict()))
+        assert_equal(take(config, 5, state=state), expected[4:])
+        assert_equal([next(iterator)], expected[4:5])
+        iterator.close()
+        # A second loop over the same stream goes on as well.
+        assert_equal(list(islice(stream, 2)), expected[5:7])
+
+    def test_global_generators_are_left_alone(self, photographs: str):
+        before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+        for num_workers in (0, 1):
+            take(make_config(photographs, num_workers=num_workers), 2)
+        assert torch.equal(torch.get_rng_state(), before[0])
+        assert np.array_equal(np.random.get_state()[1], before[1])  # noqa: NPY002
+
+
+class TestSynthetic:
+    def test_shows_the_scenes(self):
+        config = make_config("synthetic", batch_size=10, synthetic_size=10, crop_scale=(1.0, 1.0), hflip=False, seed=3)
+        scenes = SyntheticScenes(10, SIZE, 3)
+        expected = {scenes.image(i).tobytes() for i in range(10)}
+        for batch in take(config, 2):  # The second epoch comes from memory.
+            full = [image.permute(1, 2, 0).numpy().tobytes() for image in batch.images]
+            # Aspects other than 1 do not fit the full area, and ten tries may all miss it.
+            assert set(full) == expected
+
+
+class TestStreamed:
+    def readers(self, source: str, n_readers: int, buffer: int = 5) -> list[ShardReader]:
+        opened = open_source(make_config(source))
+        options = {"seed": 0, "n_readers": n_readers, "buffer": buffer, "cursor": Cursor(0)}
+        return [ShardReader(opened, reader=reader, **options) for reader in range(n_readers)]
+
+    def number(self, data: bytes) -> int:
+        return Image.open(io.BytesIO(data)).getpixel((0, 0))[0]
+
+    @pytest.mark.parametrize("n_readers", [1, 2, 3, 4, 30])
+    def test_readers_share_every_epoch(self, streamed: str, n_readers: int):
+        readers = self.readers(streamed, n_readers)
+        orders = []
+        for epoch in range(2):
+            shares = [[self.number(sample.data) for sample in reader.rest_of_epoch()] for reader in readers]
+            orders.append(joined(shares))
+            assert sorted(orders[-1]) == list(range(24))
+            assert all(reader.cursor == Cursor(epoch + 1) for reader in readers)
+            if n_readers in (2, 4):
+                assert {len(share) for share in shares} == {24 // n_readers}
+        assert orders[0] != orders[1]
+
+    def test_shuffles_within_the_buffer(self, tmp_path: Path):
+        write_shards(tmp_path, 1, 60)
+        source = f"wds:{tmp_path}/*.tar"
+        for buffer in (1, 10, 60, 1000):
+            order = [self.number(s.data) for s in self.readers(source, 1, buffer)[0].rest_of_epoch()]
+            assert sorted(order) == list(range(60))
+            moved = np.abs(np.array(order) - np.arange(60)).max()
+            assert moved < buffer
+            # A random order of 60 leaves no sample 30 places from its own less than once in a million times.
+            assert moved >= {1: 0, 10: 5}.get(buffer, 30)
+
+    def test_processes_divide_the_buffer(self, tmp_path: Path):
+        write_shards(tmp_path, 1, 12)
+        config = make_config(f"wds:{tmp_path}/*.tar", num_workers=2, shuffle_buffer=2)
+        assert sorted(numbers(batch) for batch in take(config, 2)) == [[0, 2, 4, 6, 8, 10], [1, 3, 5, 7, 9, 11]]
+
+    @pytest.mark.parametrize(("n_readers", "buffer"), [(1, 1), (1, 4), (3, 4), (3, 100)])
+    def test_reader_goes_on_from_any_cursor(self, streamed: str, n_readers: int, buffer: int):
+        def walk(reader: ShardReader) -> list[tuple]:
+            return [
+                (epoch, sample.shard, sample.position, sample.data, reader.cursor)
+                for epoch in range(reader.cursor.epoch, 2)
+                for sample in reader.rest_of_epoch()
+            ]
+
+        for reader in self.readers(streamed, n_readers, buffer):
+            whole = walk(reader)
+            for i, (*_, cursor) in list(enumerate(whole))[::3]:
+                reader.cursor = cursor
+                assert walk(reader) == whole[i + 1 :]
+
+    @pytest.mark.parametrize("num_workers", [0, 2])
+    def test_ranks_and_processes_share_an_epoch(self, streamed: str, num_workers: int):
+        config = make_config(streamed, batch_size=6, num_workers=num_workers, shuffle_buffer=4)
+        shown = [numbers(batch) for rank in range(2) for batch in take(config, 4, rank=rank, world_size=2)]
+        assert {len(batch) for batch in shown} == {3}
+        assert sorted(joined(shown)) == list(range(24))
+
+    @pytest.mark.parametrize("num_workers", [0, 3])
+    def test_resume(self, streamed: str, num_workers: int):
+        config = make_config(streamed, batch_size=10, num_workers=num_workers, shuffle_buffer=8)
+        options = {"rank": 1, "world_size": 2}
+        expected = take(config, 13, **options)
+        stream = ImageStream(config, **options)
+        done = 0
+        for stop in (1, 3, 10):
+            # Each link of the chain resumes from the state of the one before.
+            assert_equal(list(islice(stream, stop - done)), expected[done:stop])
+            state = torch.load(_saved(stream.state_dict()), weights_only=True)
+            stream = ImageStream(config, start_step=stop, state=state, **options)
+            done = stop
+        assert_equal(list(islice(stream, 3)), expected[10:])
+
+    def test_zero_and_one_process_are_alike(self, streamed: str):
+        zero, one = (make_config(streamed, num_workers=n) for n in (0, 1))
+        stream = ImageStream(zero)
+        list(islice(stream, 2))
+        assert_equal(take(one, 6)[2:], take(one, 4, state=stream.state_dict()))
+
+    @pytest.mark.parametrize("change", ["num_workers", "world_size", "rank", "shuffle_buffer"])
+    def test_other_layout_restarts_the_epoch_with_a_warning(self, tmp_path: Path, caplog, change: str):
+        write_shards(tmp_path, 8, 6)
+        config = make_config(f"wds:{tmp_path}/*.tar", batch_size=4, num_workers=2, shuffle_buffer=8)
+        options = {"rank": 0, "world_size": 2}
+        stream = ImageStream(config, **options)
+        list(islice(stream, 15))  # 12 images an epoch and process, 2 a batch: both are in their second epoch.
+        state = stream.state_dict()
+        assert not caplog.records
+        if change in options:
+            options[change] = 1
+        else:
+            setattr(config.data, change, 4)
+        resumed = ImageStream(config, state=state, start_step=15, **options)
+        assert "epoch 1 restarts" in caplog.text and change in caplog.text
+        cursors = resumed.state_dict()["cursors"]
+        assert cursors == dict.fromkeys(range(config.data.num_workers), (1, 0, 0, 0, 0))
+        list(islice(resumed, 1))
+
+    def test_unknown_position_warns(self, tmp_path: Path, caplog):
+        write_shards(tmp_path, 1, 6)
+        ImageStream(make_config(f"wds:{tmp_path}/*.tar"), start_step=3)
+        assert "no position of the stream is known at step 3" in caplog.text
+
+    def test_few_shards_warn(self, tmp_path: Path, caplog):
+        write_shards(tmp_path, 1, 6)
+        ImageStream(make_config(f"wds:{tmp_path}/*.tar", num_workers=3))
+        assert "has 1 shards for 3 loader processes" in caplog.text
+
+    def test_share_may_be_empty(self, tmp_path: Path):
+        write_shards(tmp_path, 1, 1)
+        config = make_config(f"wds:{tmp_path}/*.tar", batch_size=2, num_workers=3)
+        assert [numbers(batch) for batch in take(config, 6)] == [[0, 0]] * 6
+
+    def test_crops_and_masks_do_not_depend_on_the_reader(self, tmp_path: Path):
+        for shard in range(2):
+            images = {f"{i}.png": encoded(gradient(30, 20 + i).rotate(90 * shard)) for i in range(4)}
+            write_tar(tmp_path / f"{shard}.tar", images)
+        one = make_config(f"wds:{tmp_path}/*.tar", batch_size=8)
+        two = make_config(f"wds:{tmp_path}/*.tar", batch_size=4, num_workers=2)
+        expected = take(one, 1)[0]
+        together = take(two, 2)
+        crops = {image.numpy().tobytes() for image in expected.images}
+        assert len(crops) == 8
+        assert {image.numpy().tobytes() for batch in together for image in batch.images} == crops
+
+    def test_broken_image_is_left_out_and_named_once(self, tmp_path: Path, caplog):
+        write_tar(tmp_path / "0.tar", {f"{i}.png": numbered(i)[: 40 if i == 2 else None] for i in range(6)})
+        stream = ImageStream(make_config(f"wds:{tmp_path}/*.tar", batch_size=5, num_workers=1))
+        batches = list(islice(stream, 3))
+        assert all(sorted(numbers(batch)) == [0, 1, 3, 4, 5] for batch in batches)
+        name = f"{tmp_path}/0.tar:2.png"
+        assert stream.n_skipped == 1
+        assert sum(name in record.getMessage() for record in caplog.records) == 1
+        assert joined(batch.skipped for batch in batches).count(name) in (2, 3)
+
+    @pytest.mark.parametrize("kind", ["wds", "hf"])
+    def test_broken_shard_ends_alone(self, tmp_path: Path, caplog, kind: str):
+        if kind == "wds":
+            write_shards(tmp_path, 3, 6)
+            paths, source = sorted(tmp_path.glob("*.tar")), f"wds:{tmp_path}/*.tar"
+        else:
+            pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+            paths, source = [tmp_path / f"train-{shard}.parquet" for shard in range(3)], f"hf:{tmp_path}"
+            for shard, path in enumerate(paths):
+                pq.write_table(pa.table({"image": [{"bytes": numbered(6 * shard + i)} for i in range(6)]}), path)
+        data = paths[1].read_bytes()
+        paths[1].write_bytes(data[: data.index(numbered(9)) + 20 if kind == "wds" else -20])
+        shown = set(joined(numbers(batch) for batch in take(make_config(source, batch_size=12), 3)))
+        assert {*range(6), *range(12, 18)} <= shown
+        # Of a .tar what comes before the break is used, of a Parquet file, whose index is at its end, nothing.
+        assert shown & set(range(6, 12)) == ({6, 7, 8} if kind == "wds" else set())
+        assert (f"{paths[1]}:003.png" if kind == "wds" else f"{source} shard 1: ArrowInvalid") in caplog.text
+
+    def test_tar_members(self, tmp_path: Path):
+        image = numbered(9)
+        members = {
+            "a.jpg": numbered(1),  # The content decides how it is decoded.
+            "sub.d/b.PNG": numbered(2),
+            "a.seg.png": image,
+            "._a.png": image,
+            "a.json": b"{",
+            "noextension": image,
+        }
+        write_tar(tmp_path / "0.tar", members)
+        with tarfile.open(tmp_path / "1.tar.gz", "w:gz") as tar:
+            info = tarfile.TarInfo("c.webp")
+            info.size = len(numbered(3))
+            tar.addfile(info, io.BytesIO(numbered(3)))
+        pattern = f"wds:{tmp_path}/{{0.tar,1.tar.gz}}"
+        assert sorted(numbers(take(make_config(pattern, image_key="auto", batch_size=3), 1)[0])) == [1, 2, 3]
+        assert numbers(take(make_config(pattern, image_key="seg.png", batch_size=1), 1)[0]) == [9]
+
+    def test_missing_rows_and_paths_elsewhere(self, tmp_path: Path):
+        pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        (tmp_path / "x.png").write_bytes(numbered(5))
+        rows = [{"bytes": None, "path": str(tmp_path / "x.png")}, None, {"bytes": numbered(6), "path": None}]
+        kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+        (tmp_path / "data").mkdir()
+        pq.write_table(pa.table({"photo": pa.array(rows, kind)}), tmp_path / "data" / "train.parquet")
+        stream = ImageStream(make_config(f"hf:{tmp_path / 'data'}", image_key="photo", batch_size=2))
+        assert sorted(numbers(next(iter(stream)))) == [5, 6]
+
+
+class TestErrors:
+    @pytest.mark.parametrize("num_workers", [0, 1])
+    @pytest.mark.parametrize("kind", ["folder", "wds"])
+    def test_no_readable_image(self, tmp_path: Path, kind: str, num_workers: int):
+        if kind == "folder":
+            source = f"folder:{tmp_path}"
+            for i in range(3):
+                (tmp_path / f"{i}.png").write_bytes(b"broken")
+        else:
+            source = f"wds:{tmp_path}/0.tar"
+            write_tar(tmp_path / "0.tar", {f"{i}.png": b"broken" for i in range(3)})
+        config = make_config(source, num_workers=num_workers)
+        with pytest.raises(SourceError, match="none readable among 3") as caught:
+            take(config, 1)
+        assert source in str(caught.value)
+        assert "Traceback" not in str(caught.value)
+        with pytest.raises(SourceError, match="none readable among 3"):
+            evaluation_images(config, 2)
+
+    def test_no_member_of_that_name(self, tmp_path: Path):
+        write_shards(tmp_path, 2, 2)
+        with pytest.raises(SourceError, match=r"none readable among 0 .*data.image_key"):
+            take(make_config(f"wds:{tmp_path}/*.tar", image_key="jpg"), 1)
+
+    def test_missing_or_empty(self, tmp_path: Path, folder: Path):
+        cases = {
+            f"folder:{tmp_path}/nowhere": "expected a folder, got no such path",
+            f"folder:{folder}/class0/00.png": "expected a folder, got a file",
+            f"folder:{tmp_path / 'empty'}": "expected images .* found none",
+            f"wds:{tmp_path}/*.tar": "expected .tar shards, found no file",
+            f"hf:{tmp_path}/nowhere": "cannot be loaded",
+            f"hf:{tmp_path / 'empty'}": "cannot be loaded",
+        }
+        (tmp_path / "empty" / ".cache").mkdir(parents=True)
+        (tmp_path / "empty" / ".cache" / "0.png").write_bytes(numbered(0))
+        (tmp_path / "empty" / "readme.txt").write_text("nothing here")
+        for source, message in cases.items():
+            if source == f"hf:{tmp_path / 'empty'}":
+                (tmp_path / "empty" / "readme.txt").unlink()
+            with pytest.raises(SourceError, match=message) as caught:
+                ImageStream(make_config(source))
+            assert str(caught.value).startswith(source)
+
+    def test_missing_shard_of_a_range(self, tmp_path: Path):
+        write_shards(tmp_path, 2, 1)
+        with pytest.raises(SourceError, match=r"found no file .*002\.tar"):
+            ImageStream(make_config(f"wds:{tmp_path}/{{000..002}}.tar"))
+
+    def test_wrong_column(self, tmp_path: Path):
+        (tmp_path / "0.png").write_bytes(numbered(0))
+        with pytest.raises(SourceError, match=r"data.image_key must be one of the columns \['image'\], got photo"):
+            ImageStream(make_config(f"hf:{tmp_path}", image_key="photo"))
+
+    @pytest.mark.parametrize("source", ["", "folder:", "s3:x", "synthetic:x", "Folder:/tmp"])
+    def test_unknown_source(self, source: str):
+        message = "data.source must be synthetic, folder:PATH, hf:NAME or wds:PATTERN, got "
+        with pytest.raises(ValueError, match=message):
+            ImageStream(make_config(source))
+
+    @pytest.mark.parametrize(("source", "package"), [("hf:x", "datasets"), ("wds:x.tar", "braceexpand")])
+    def test_missing_package(self, monkeypatch, source: str, package: str):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(ImportError, match=rf"{package}: pip install capi\[data\]"):
+            ImageStream(make_config(source))
+
+    def test_indivisible_batch(self):
+        with pytest.raises(ValueError, match=r"optim\.batch_size must divide by the number of ranks, got 6 on 4"):
+            ImageStream(make_config("synthetic"), world_size=4)
+
+
+class TestEvaluationImages:
+    def test_folder_is_sampled_evenly(self, folder: Path):
+        config = make_config(f"folder:{folder}")
+        images = evaluation_images(config, 4)
+        assert images.shape == (4, 3, SIZE, SIZE)
+        assert images.dtype == torch.uint8
+        names = [open_source(config).name(i) for i in (0, 5, 10, 15)]
+        assert images[:, 0, 0, 0].tolist() == [int(Path(name).stem) for name in names]
+        assert (
+            evaluation_images(config, 40)[::2, 0, 0, 0].tolist() == evaluation_images(config, 20)[:, 0, 0, 0].tolist()
+        )
+
+    def test_streamed_gives_the_first(self, streamed: str):
+        images = evaluation_images(make_config(streamed), 30)
+        assert images[:, 0, 0, 0].tolist() == [*range(24), *range(6)]
+
+    def test_centre(self, tmp_path: Path):
+        (tmp_path / "0.png").write_bytes(b"broken")
+        (tmp_path / "1.png").write_bytes(encoded(gradient(40, 16)))
+        image = evaluation_images(make_config(f"folder:{tmp_path}"), 1)[0]
+        expected = gradient(40, 16).resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=(12, 0, 28, 16))
+        assert np.array_equal(image.permute(1, 2, 0), expected)
+
+
+SIGNALLED = """
+import signal, sys, time
+from capi.config import Config
+from capi.data import ImageStream
+config = Config()
+config.data.num_workers, config.optim.batch_size, config.run.device = 2, 4, "cpu"
+config.data.image_size, config.data.synthetic_size = 28, 16
+stopped = []
+signal.signal(signal.SIGTERM, lambda *_: stopped.append("SIGTERM"))
+batches = iter(ImageStream(config))
+next(batches), next(batches)  # One of each process.
+print("ready", flush=True)
+while not stopped:
+    next(batches)
+for _ in range(20):
+    next(batches)
+try:
+    print("went on after", *stopped, flush=True)
+    time.sleep(30)
+except KeyboardInterrupt:
+    sys.exit("interrupted")
+"""
+
+
+def test_signals_to_every_process_are_the_training_process_own():
+    command = [sys.executable, "-W", "ignore", "-c", SIGNALLED]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    root = Path(__file__).parent.parent
+    with subprocess.Popen(command, start_new_session=True, cwd=root, **pipes) as process:
+        assert process.stdout.readline() == "ready\n"
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.stdout.readline() == "went on after SIGTERM\n"
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert errors == "interrupted\n"
+    assert process.returncode == 1
+
+
+def _saved(state: dict) -> io.BytesIO:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return file
