@@ -1,0 +1,193 @@
+"""What a run measures: collapse of the assignments, work done, and the files it is written to."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from capi.config import Config
+
+# Dense bf16 FLOP/s with fp32 accumulation, from NVIDIA's data sheets; the first name found as whole words wins.
+_PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "A40": 149.7e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+}
+
+
+def entropy_floor(batch: int, n_prototypes: int) -> float:
+    """Least mean entropy ln(K/B) in nats of `batch` rows balanced over K prototypes (each used equally), at least 0."""
+    return max(0.0, math.log(n_prototypes / batch))
+
+
+def positional_mutual_information(
+    positions: Int[Tensor, "tokens"],
+    clusters: Int[Tensor, "tokens"],
+    n_positions: int,
+    n_prototypes: int,
+    *,
+    n_permutations: int = 4,
+) -> tuple[float, float]:
+    """Plug-in mutual information of position and cluster in nats, and what it shows by chance alone.
+
+    The second figure is the mean over shuffles of the clusters (seeded): few tokens per (position, cluster) pair make
+    two independent variables look dependent, so only the excess over it is evidence of positional collapse.
+    """
+    if positions.numel() == 0:
+        raise ValueError("positions and clusters must hold at least one token, got none")
+    generator = torch.Generator(device=positions.device).manual_seed(0)
+    information = _mutual_information(positions, clusters, n_positions, n_prototypes)
+    shuffled = [
+        _mutual_information(
+            positions,
+            clusters[torch.randperm(clusters.numel(), generator=generator, device=clusters.device)],
+            n_positions,
+            n_prototypes,
+        )
+        for _ in range(n_permutations)
+    ]
+    return information, sum(shuffled) / n_permutations
+
+
+def _mutual_information(
+    positions: Int[Tensor, "tokens"], clusters: Int[Tensor, "tokens"], n_positions: int, n_prototypes: int
+) -> float:
+    """I = sum_pk n_pk/N ln(n_pk N / (n_p n_k)), over the pairs that occur."""
+    pairs, pair_counts = torch.unique(positions.long() * n_prototypes + clusters.long(), return_counts=True)
+    position_counts = torch.bincount(positions, minlength=n_positions).double()
+    cluster_counts = torch.bincount(clusters, minlength=n_prototypes).double()
+    expected = position_counts[pairs // n_prototypes] * cluster_counts[pairs % n_prototypes] / positions.numel()
+    information = (pair_counts * (pair_counts / expected).log()).sum() / positions.numel()
+    return max(0.0, float(information))  # rounding may leave -1e-17
+
+
+class AssignmentStatistics:
+    """Counts which prototype the tokens at each position go to, from one `read` to the next."""
+
+    def __init__(self, n_positions: int, n_prototypes: int) -> None:
+        self.n_positions = n_positions
+        self.n_prototypes = n_prototypes
+        self._positions: list[Tensor] = []
+        self._clusters: list[Tensor] = []
+
+    def update(self, positions: Int[Tensor, "tokens"], clusters: Int[Tensor, "tokens"]) -> None:
+        """Adds tokens by position and argmax cluster; does not wait for the device."""
+        self._positions.append(positions.detach().to(torch.int32, copy=True))
+        self._clusters.append(clusters.detach().to(torch.int32, copy=True))
+
+    def read(self) -> dict[str, int | float]:
+        """The statistics of the tokens added since the last read, which are then forgotten; {} if there are none.
+
+        `positional_mi` and `positional_mi_floor` in nats, `dead_prototypes` the share of prototypes that none of the
+        `assigned_tokens` tokens went to (with fewer tokens than prototypes some must be dead).
+        """
+        if not self._positions:
+            return {}
+        positions, clusters = torch.cat(self._positions), torch.cat(self._clusters)
+        self._positions, self._clusters = [], []
+        information, floor = positional_mutual_information(positions, clusters, self.n_positions, self.n_prototypes)
+        return {
+            "positional_mi": information,
+            "positional_mi_floor": floor,
+            "dead_prototypes": 1 - torch.unique(clusters).numel() / self.n_prototypes,
+            "assigned_tokens": clusters.numel(),
+        }
+
+
+class MetricsWriter:
+    """Writes `metrics.jsonl` (one object a line) and TensorBoard events into a run folder.
+
+    A run that resumes at `resume_step` first drops the lines of that step and later, and a torn last line.
+    """
+
+    def __init__(self, run_dir: str | Path, resume_step: int = 0) -> None:
+        run_dir = Path(run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path = run_dir / "metrics.jsonl"
+        kept = [line for line in read_metrics(path) if line["step"] < resume_step] if path.exists() else []
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        partial.replace(path)
+        self._lines = path.open("a")
+        self._tensorboard = SummaryWriter(str(run_dir), purge_step=resume_step)
+
+    def write(self, step: int, values: dict[str, int | float]) -> None:
+        """Appends one line and flushes it; a value that is not finite is written as null."""
+        finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        self._lines.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
+        self._lines.flush()
+        for key, value in values.items():
+            self._tensorboard.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        """Closes both files."""
+        self._lines.close()
+        self._tensorboard.close()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, int | float | None]]:
+    """The lines of a `metrics.jsonl`, without a torn last one; raises ValueError for another line that is no JSON."""
+    lines = []
+    # What follows the last newline was never finished.
+    for number, line in enumerate(Path(path).read_text().split("\n")[:-1], start=1):
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number} of {path} is not JSON: {line[:80]}") from error
+    return lines
+
+
+def training_flop_per_image(config: Config) -> float:
+    """Floating-point operations one image costs a training step: two per multiply-add of every matrix product.
+
+    Backward passes cost twice the forward of what trains: all of the student, but only the weights of the teacher's
+    clustering layer and of the patch embedding.
+    """
+    model, masking = config.model, config.masking
+    d, prototypes = model.embed_dim, config.clustering.n_prototypes
+    tokens = (config.data.image_size // model.patch_size) ** 2
+    ratio = masking.mask_ratio
+    masked = int(tokens * (ratio if isinstance(ratio, int | float) else sum(ratio) / 2))
+    visible = tokens - masked
+    queries = int(masked * masking.prediction_subsampling)
+    context = model.n_registers + visible
+
+    def encoder(length: int) -> int:
+        return model.encoder_depth * (24 * length * d**2 + 4 * length**2 * d)
+
+    def patch_embedding(patches: int) -> int:
+        return 2 * patches * 3 * model.patch_size**2 * d
+
+    predictor = model.predictor_depth * (20 * queries * d**2 + 4 * context * d**2 + 4 * queries * context * d)
+    student_head = 2 * queries * d * prototypes
+    teacher_head = 2 * tokens * d * prototypes
+    student = 3 * (encoder(context) + predictor + student_head) + 2 * patch_embedding(visible)
+    teacher = encoder(model.n_registers + tokens) + patch_embedding(tokens) + 2 * teacher_head
+    return float(student + teacher)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 FLOP/s that the vendor states for a GPU, or None for a device that is not in the table."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    # Laptop parts and slices of a GPU (MIG) carry the name of a faster one.
+    if re.search(r"\b(Laptop|Max-Q|MIG)\b", name):
+        return None
+    return next((peak for key, peak in _PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)), None)

@@ -1,0 +1,108 @@
+"""Pictures of a run: the curves of its metrics, and feature maps as colours beside their images."""
+
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from jaxtyping import Float, UInt8
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy import ndarray
+from torch import Tensor
+
+from capi.metrics import read_metrics
+
+_STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "0.9",
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "lines.linewidth": 1.6,
+    "legend.frameon": False,
+}
+
+
+def plot_curves(metrics_jsonl: str | Path, png: str | Path) -> None:
+    """Draws losses, target entropy, positional mutual information, schedules and speed of a run over its steps."""
+    lines = read_metrics(metrics_jsonl)
+    if not lines:
+        raise ValueError(f"{metrics_jsonl} holds no line of metrics")
+    with mpl.rc_context(_STYLE):
+        _curves(lines).savefig(png, dpi=120)
+
+
+def _curves(lines: list[dict[str, int | float | None]]) -> Figure:
+    def draw(axes: Axes, key: str, label: str, **style: str) -> None:
+        points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, **style)
+
+    figure = Figure(figsize=(12, 6.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    losses, entropy, information, rates, momentum, speed = figure.subplots(2, 3, sharex=True).flat
+    losses.set_title("losses (nats)")
+    draw(losses, "loss", "student")
+    draw(losses, "clustering_loss", "clustering")
+    entropy.set_title("target entropy (nats)")
+    draw(entropy, "target_entropy", "targets")
+    draw(entropy, "target_entropy_floor", "floor ln(K/B)", color="0.5", linestyle="--")
+    information.set_title("position-cluster information (nats)")
+    draw(information, "positional_mi", "measured")
+    draw(information, "positional_mi_floor", "by chance", color="0.5", linestyle="--")
+    rates.set_title("learning rates")
+    draw(rates, "lr", "student")
+    draw(rates, "clustering_lr", "clustering")
+    momentum.set_title("teacher momentum")
+    draw(momentum, "momentum", "momentum")
+    speed.set_title("images per second")
+    draw(speed, "images_per_second", "images/s")
+    for axes in (losses, entropy, information, rates, speed):
+        axes.set_ylim(bottom=0)
+    for axes in (losses, entropy, information, rates):
+        axes.legend()
+    for axes in (rates, momentum, speed):
+        axes.set_xlabel("step")
+    return figure
+
+
+def plot_pca_maps(
+    images: UInt8[Tensor, "images 3 height width"],
+    feature_maps: Float[Tensor, "images rows columns dim"],
+    png: str | Path,
+) -> None:
+    """Draws every image beside its feature map, whose first three principal components over all maps are the RGB."""
+    colours = _principal_colours(feature_maps.cpu().numpy())
+    columns = min(4, len(images))
+    rows = -(-len(images) // columns)
+    figure = Figure(figsize=(3.8 * columns, 1.9 * rows + 0.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(rows, 2 * columns, squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, title in zip(grid[0], ("image", "features") * columns, strict=True):
+        axes.set_title(title, fontsize=9, color="0.3")
+    for index, (image, colour) in enumerate(zip(images.cpu().numpy(), colours, strict=True)):
+        left, right = grid[index // columns, 2 * (index % columns) :][:2]
+        left.imshow(image.transpose(1, 2, 0), interpolation="nearest")
+        right.imshow(colour, interpolation="nearest")
+    figure.savefig(png, dpi=120)
+
+
+def _principal_colours(maps: Float[ndarray, "images rows columns dim"]) -> Float[ndarray, "images rows columns 3"]:
+    """Projects on the first three principal components and maps the 2nd to the 98th percentile of each to [0, 1]."""
+    features = maps.reshape(-1, maps.shape[-1]).astype(np.float64)
+    features = features - features.mean(axis=0)
+    _, _, directions = np.linalg.svd(features, full_matrices=False)
+    components = np.zeros((len(features), 3))
+    components[:, : min(3, len(directions))] = features @ directions[:3].T
+    low, high = np.percentile(components, [2, 98], axis=0)
+    spread = high - low
+    # A component that does not vary is shown as mid-grey.
+    flat = spread <= 1e-6 * max(1.0, float(np.abs(maps).max()))
+    colours = np.where(flat, 0.5, (components - low) / np.where(flat, 1.0, spread))
+    return colours.clip(0, 1).reshape(*maps.shape[:-1], 3)

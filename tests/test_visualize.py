@@ -1,0 +1,118 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from capi.metrics import read_metrics
+from capi.visualize import _curves, _principal_colours, plot_curves, plot_pca_maps
+
+
+def read(png: Path) -> np.ndarray:
+    with Image.open(png) as image:
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+def write_metrics(path: Path, **changed: list[float | None]) -> Path:
+    columns = {
+        "loss": [4.0, 3.0, 2.0],
+        "clustering_loss": [3.0, 2.0, 1.0],
+        "target_entropy": [0.5, 0.6, 0.5],
+        "target_entropy_floor": [0.1, 0.1, 0.1],
+        "positional_mi": [0.02, 0.03, 0.02],
+        "positional_mi_floor": [0.02, 0.02, 0.02],
+        "lr": [0.0, 1e-3, 5e-4],
+        "clustering_lr": [0.0, 5e-4, 2e-4],
+        "momentum": [1.0, 0.99, 0.995],
+        "images_per_second": [100.0, 120.0, 110.0],
+        **changed,
+    }
+    lines = [{"step": 10 * i, **{key: values[i] for key, values in columns.items()}} for i in range(3)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_every_curve_is_drawn_once(tmp_path):
+    lines = read_metrics(write_metrics(tmp_path / "m.jsonl"))
+    drawn = [line for axes in _curves(lines).axes for line in axes.get_lines()]
+    expected = [[line[key] for line in lines] for key in lines[0] if key != "step"]
+    assert sorted(list(line.get_ydata()) for line in drawn) == sorted(expected)
+    assert all(list(line.get_xdata()) == [0, 10, 20] for line in drawn)
+
+
+def test_what_is_missing_or_was_not_finite_is_left_out(tmp_path):
+    lines = read_metrics(write_metrics(tmp_path / "m.jsonl", loss=[4.0, None, 2.0], positional_mi=[None] * 3))
+    losses, _, information = _curves(lines).axes[:3]
+    assert list(losses.get_lines()[0].get_ydata()) == [4.0, 2.0]
+    assert list(losses.get_lines()[0].get_xdata()) == [0, 20]
+    assert len(information.get_lines()) == 1
+
+
+def test_the_picture_of_the_curves_is_written(tmp_path):
+    plot_curves(write_metrics(tmp_path / "m.jsonl"), tmp_path / "curves.png")
+    picture = read(tmp_path / "curves.png")
+    assert min(picture.shape[:2]) >= 600
+    # The default blue and orange of matplotlib.
+    for colour in [31, 119, 180], [255, 127, 14]:
+        assert (picture == colour).all(axis=2).sum() > 200
+
+
+def test_curves_need_a_line(tmp_path):
+    (tmp_path / "m.jsonl").write_text("")
+    with pytest.raises(ValueError, match="holds no line of metrics"):
+        plot_curves(tmp_path / "m.jsonl", tmp_path / "curves.png")
+
+
+def test_colours_are_joint_over_the_images_and_fill_the_range():
+    features = np.random.default_rng(0).normal(size=(2, 4, 5, 8)).astype(np.float32)
+    features[1, 0, 0] = features[0, 3, 4]
+    colours = _principal_colours(features)
+    assert colours.shape == (2, 4, 5, 3)
+    assert colours.min() == 0
+    assert colours.max() == 1
+    np.testing.assert_allclose(colours[1, 0, 0], colours[0, 3, 4], rtol=0, atol=1e-12)
+
+
+def test_colours_follow_the_directions_of_largest_spread():
+    rng = np.random.default_rng(1)
+    latent = rng.uniform(-1, 1, size=(200, 3)) * [9, 3, 1]
+    directions, _ = np.linalg.qr(rng.normal(size=(16, 16)))
+    features = latent @ directions[:, :3].T + rng.normal(size=16) + 0.01 * rng.normal(size=(200, 16))
+    colours = _principal_colours(features.reshape(1, 10, 20, 16)).reshape(200, 3)
+    for channel in range(3):
+        # The sign of a component is arbitrary.
+        assert abs(np.corrcoef(colours[:, channel], latent[:, channel])[0, 1]) > 0.98
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3, 8])
+def test_constant_features_are_grey(dim):
+    features = np.full((2, 3, 3, dim), 7.3, dtype=np.float32)
+    np.testing.assert_array_equal(_principal_colours(features), np.full((2, 3, 3, 3), 0.5))
+
+
+def test_fewer_dimensions_than_colours():
+    colours = _principal_colours(np.arange(8, dtype=np.float32).reshape(1, 2, 4, 1))
+    assert colours[..., 0].min() == 0
+    assert colours[..., 0].max() == 1
+    np.testing.assert_array_equal(colours[..., 1:], np.full((1, 2, 4, 2), 0.5))
+
+
+@pytest.mark.parametrize("n_images", [1, 5])
+def test_every_image_stands_beside_its_map(tmp_path, n_images):
+    images = torch.zeros(n_images, 3, 8, 8, dtype=torch.uint8)
+    images[:, 0], images[:, 1] = 200, torch.arange(n_images, dtype=torch.uint8)[:, None, None] * 40
+    maps = torch.zeros(n_images, 2, 2, 4)
+    maps[:, 0, 0, 0] = 1
+    plot_pca_maps(images, maps, tmp_path / "maps.png")
+    picture = read(tmp_path / "maps.png")
+    for i in range(n_images):
+        shown = (picture == [200, 40 * i, 0]).all(axis=2)
+        rows, columns = np.nonzero(shown)
+        height, width = rows.max() - rows.min() + 1, columns.max() - columns.min() + 1
+        assert shown.sum() > 0.95 * height * width
+        assert abs(height - width) <= 2
+        # To its right, the first quarter of the map in one colour and the rest in another.
+        beside = picture[rows.min() + height // 4, columns.max() + 1 :][: width + 30]
+        assert len(np.unique(beside[(beside != 255).any(axis=1)], axis=0)) >= 2
