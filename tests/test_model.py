@@ -192,9 +192,7 @@ def test_targets_come_in_the_order_of_the_predictions() -> None:
     model = CAPI(SHAPE, ClusteringConfig(n_prototypes=20)).init_weights().double()
     images, masks = make_batch()
     _, targets = model.cluster(images, masks)
-    order = torch.cat(
-        [part.flip(0) for part in torch.arange(len(masks.predict_indices)).split(masks.predict_counts)]
-    )
+    order = torch.cat([part.flip(0) for part in torch.arange(len(masks.predict_indices)).split(masks.predict_counts)])
     flipped = Masks(masks.visible_indices, masks.predict_indices[order], masks.visible_counts, masks.predict_counts)
     assert torch.equal(model.cluster(images, flipped)[1], targets[order])
     assert not torch.equal(targets[order], targets)

@@ -1,0 +1,417 @@
+"""Trains a CAPI encoder: `python -m capi.train [--config PRESET_OR_FILE] [--GROUP.FIELD VALUE ...]`."""
+
+import logging
+import signal
+import sys
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+import torch
+import yaml
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from capi.checkpoint import load_newest_checkpoint, newest_checkpoint, save_checkpoint, save_encoder
+from capi.config import Config, check_config, load_config, to_yaml
+from capi.data import ImageStream, evaluation_images
+from capi.distributed import World, any_rank, average, average_gradients, gather, join_world
+from capi.evaluate import evaluate_synthetic, format_table
+from capi.masking import Masks, check_masking
+from capi.metrics import AssignmentStatistics, MetricsWriter, entropy_floor, peak_flops, training_flop_per_image
+from capi.model import CAPI, DropPath, normalize_images, prediction_loss, target_entropy
+from capi.optim import build_optimizers, schedule_value, set_learning_rates, update_ema
+from capi.visualize import plot_curves, plot_pca_maps
+
+logger = logging.getLogger("capi")
+
+
+class Diverged(RuntimeError):
+    """The losses were not finite for too many steps in a row."""
+
+
+@dataclass
+class StepResult:
+    """What one training step measured; tensors stay on the device."""
+
+    loss: Float[Tensor, ""]
+    clustering_loss: Float[Tensor, ""]
+    target_entropy: Float[Tensor, ""]
+    clusters: Int[Tensor, "predicted"]
+    """Most likely prototype of every prediction's target."""
+    lr: float
+    momentum: float
+    clustering_lr: float
+
+
+class Trainer:
+    """Model and optimisers, and the step that updates them."""
+
+    def __init__(self, config: Config, world: World):
+        self.config = config
+        self.world = world
+        torch.manual_seed(config.run.seed)
+        self.model = CAPI(config.model, config.clustering).init_weights().to(world.device)
+        self.student: nn.Module = self.model.student
+        if world.size > 1:
+            self.student = DistributedDataParallel(self.student)
+        self.optimizers = build_optimizers(self.model, config.optim)
+        self.compute_dtype = _compute_dtype(config.run.precision, world.device)
+        self.bad_steps = torch.zeros((), dtype=torch.int64, device=world.device)
+
+    def step(self, images: Float[Tensor, "images 3 height width"], masks: Masks, step: int) -> StepResult:
+        """Teacher forward and clustering loss, student forward, both backwards, then the three updates.
+
+        A step whose losses are not finite leaves student and clustering as they are.
+        """
+        config = self.config
+        lr, momentum, clustering_lr = (
+            schedule_value(schedule, step, config.optim.steps)
+            for schedule in (config.optim.lr, config.optim.momentum, config.optim.clustering_lr)
+        )
+        student_optimizer, clustering_optimizer = self.optimizers
+        set_learning_rates(student_optimizer, clustering_optimizer, lr, clustering_lr)
+        student_optimizer.zero_grad()
+        clustering_optimizer.zero_grad()
+
+        with self._autocast():
+            clustering_loss, targets = self.model.cluster(images, masks)
+        clustering_loss.backward()
+        average_gradients(self.model.teacher.parameters())
+
+        with self._autocast():
+            logits = self.student(images, masks, self._drop_path(step))
+        loss = prediction_loss(logits, targets, config.clustering.student_temperature)
+        loss.backward()
+
+        finite = torch.isfinite(average(loss.detach() + clustering_loss.detach()))
+        self.bad_steps = torch.where(finite, 0, self.bad_steps + 1)
+        for optimizer in self.optimizers:
+            optimizer.found_inf = 1 - finite.float()  # the fused kernels skip the update where it is 1
+        student_optimizer.step()
+        update_ema(self.model, momentum)
+        clustering_optimizer.step()
+        return StepResult(
+            loss=loss.detach(),
+            clustering_loss=clustering_loss.detach(),
+            target_entropy=target_entropy(targets),
+            clusters=targets.argmax(-1),
+            lr=lr,
+            momentum=momentum,
+            clustering_lr=clustering_lr,
+        )
+
+    def state_dict(self) -> dict:
+        student, clustering = self.optimizers
+        return {
+            "model": self.model.state_dict(),
+            "student_optimizer": student.state_dict(),
+            "clustering_optimizer": clustering.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        student, clustering = self.optimizers
+        student.load_state_dict(state["student_optimizer"])
+        clustering.load_state_dict(state["clustering_optimizer"])
+
+    def _autocast(self) -> AbstractContextManager:
+        if self.compute_dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.world.device.type, self.compute_dtype)
+
+    def _drop_path(self, step: int) -> DropPath | None:
+        """Every step draws from a generator of its own, so that a resumed run draws what the first would have."""
+        rate = self.config.model.drop_path_rate
+        if rate == 0:
+            return None
+        return DropPath(rate, np.random.default_rng((self.config.run.seed, step, self.world.rank)))
+
+
+def _compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+
+
+class StopRequest:
+    """Notes SIGTERM, SIGUSR2 or a first Ctrl-C; a second Ctrl-C interrupts at once."""
+
+    def __init__(self):
+        self.signum: int | None = None
+        self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)}
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if signum == signal.SIGINT and self.signum is not None:
+            raise KeyboardInterrupt
+        self.signum = signum
+
+    def restore(self) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+
+def train(config: Config, world: World) -> int:
+    """Runs or resumes a training in `config.run.output_dir`; returns the exit status.
+
+    Raises:
+        ValueError: the configuration does not fit together, or the folder holds a run of another configuration.
+        Diverged: the losses were not finite for `config.run.max_nan_steps` steps in a row.
+    """
+    check_config(config, world.size)
+    side = config.data.image_size // config.model.patch_size
+    check_masking(config.masking, (side, side))
+    run_dir = Path(config.run.output_dir)
+    trainer = Trainer(config, world)
+    checkpoint = load_newest_checkpoint(run_dir) if config.run.resume else None
+    start = 0
+    if checkpoint is not None:
+        _check_same_run(config, checkpoint["config"], run_dir)
+        trainer.load_state_dict(checkpoint["trainer"])
+        start = checkpoint["step"]
+    if world.is_main:
+        _announce(config, trainer, start)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(to_yaml(config))
+    if start < config.optim.steps:
+        streams = checkpoint["streams"] if checkpoint else []
+        stream_state = streams[world.rank] if world.rank < len(streams) else None
+        signum = _run_steps(trainer, start, stream_state, run_dir)
+        if signum is not None:
+            return 128 + signum
+    if world.is_main:
+        _finish(config, trainer, run_dir)
+    return 0
+
+
+def _run_steps(trainer: Trainer, start: int, stream_state: dict | None, run_dir: Path) -> int | None:
+    """Trains from step `start` to the end, or to a stop signal, which it returns."""
+    config, world = trainer.config, trainer.world
+    n_tokens = (config.data.image_size // config.model.patch_size) ** 2
+    stream = ImageStream(config, rank=world.rank, world_size=world.size, start_step=start, state=stream_state)
+    statistics = AssignmentStatistics(n_tokens, config.clustering.n_prototypes)
+    writer = MetricsWriter(run_dir, start) if world.is_main else None
+    rates = _Rates(config, world)
+    stop = StopRequest()
+    bar = tqdm(total=config.optim.steps, initial=start, disable=not world.is_main, unit="step", dynamic_ncols=True)
+    try:
+        batches = iter(stream)
+        for step in range(start, config.optim.steps):
+            rates.wait_begins()
+            batch = next(batches)
+            images = normalize_images(batch.images.to(world.device, non_blocking=True))
+            masks = batch.masks.to(world.device)
+            rates.wait_ends()
+            result = trainer.step(images, masks, step)
+            statistics.update(masks.predict_indices % n_tokens, result.clusters)
+            done = step + 1
+            last = done == config.optim.steps
+            if done % config.run.log_every == 0 or last:
+                _log(trainer, result, step, statistics, rates, writer, bar)
+            if world.device.type == "cpu" or done % config.run.log_every == 0 or last:
+                _check_finite(trainer, run_dir, config.run.max_nan_steps if not last else 1)
+            bar.update()
+            signum = stop.signum
+            stopping = any_rank(signum is not None)
+            if done % config.run.checkpoint_every == 0 or last or stopping:
+                _save(trainer, done, stream, run_dir)
+            if stopping and not last:
+                bar.close()
+                name = signal.Signals(signum).name if signum else "a signal on another rank"
+                logger.warning("stopped by %s after step %d; the same command goes on from there", name, done)
+                return signum or signal.SIGTERM
+    finally:
+        stop.restore()
+        bar.close()
+        if writer is not None:
+            writer.close()
+    return None
+
+
+class _Rates:
+    """Images per second and the share of time spent waiting for data, between two log lines."""
+
+    def __init__(self, config: Config, world: World):
+        self.config = config
+        self.flop_per_image = training_flop_per_image(config)
+        peak = peak_flops(world.device)
+        self.peak = peak * world.size if peak else None
+        self.reset()
+
+    def reset(self) -> None:
+        self.began, self.waited, self.steps = time.perf_counter(), 0.0, 0
+
+    def wait_begins(self) -> None:
+        self._wait_began = time.perf_counter()
+
+    def wait_ends(self) -> None:
+        self.waited += time.perf_counter() - self._wait_began
+        self.steps += 1
+
+    def read(self) -> dict[str, float]:
+        elapsed = time.perf_counter() - self.began
+        images_per_second = self.steps * self.config.optim.batch_size / elapsed
+        values = {
+            "images_per_second": images_per_second,
+            "flops_per_second": images_per_second * self.flop_per_image,
+            "data_wait": self.waited / elapsed,
+        }
+        if self.peak:
+            values["mfu"] = values["flops_per_second"] / self.peak
+        self.reset()
+        return values
+
+
+def _log(
+    trainer: Trainer,
+    result: StepResult,
+    step: int,
+    statistics: AssignmentStatistics,
+    rates: _Rates,
+    writer: MetricsWriter | None,
+    bar: tqdm,
+) -> None:
+    """Writes one line of metrics; the only place where a healthy step waits for the device."""
+    config, world = trainer.config, trainer.world
+    loss, clustering_loss, entropy = average(
+        torch.stack([result.loss, result.clustering_loss, result.target_entropy])
+    ).tolist()
+    if writer is None:
+        return
+    n_tokens = statistics.n_positions
+    sinkhorn_batch = config.optim.batch_size * (1 if config.clustering.positionwise else n_tokens)
+    values = {
+        "loss": loss,
+        "clustering_loss": clustering_loss,
+        "target_entropy": entropy,
+        "target_entropy_floor": entropy_floor(sinkhorn_batch, config.clustering.n_prototypes),
+        **statistics.read(),
+        **rates.read(),
+        "peak_memory_bytes": _peak_memory(world.device),
+        "lr": result.lr,
+        "momentum": result.momentum,
+        "clustering_lr": result.clustering_lr,
+        "time": time.time(),
+    }
+    writer.write(step, values)
+    bar.set_postfix_str(
+        f"loss {loss:.3f}, target entropy {entropy:.3f}, {values['images_per_second']:.0f} images/s", refresh=False
+    )
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on every platform
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _check_finite(trainer: Trainer, run_dir: Path, limit: int) -> None:
+    """Stops a run whose losses have not been finite for `limit` steps."""
+    bad_steps = int(trainer.bad_steps)
+    if bad_steps >= limit:
+        good = newest_checkpoint(run_dir)
+        raise Diverged(
+            f"the losses were not finite for {bad_steps} steps in a row (run.max_nan_steps is "
+            f"{trainer.config.run.max_nan_steps}); last good checkpoint: {good or 'none'}. "
+            "Try a lower learning rate, or run.precision fp32."
+        )
+
+
+def _save(trainer: Trainer, step: int, stream: ImageStream, run_dir: Path) -> None:
+    if trainer.bad_steps > 0:
+        logger.warning("the losses of step %d are not finite: no checkpoint is written", step)
+        return
+    streams = gather(stream.state_dict())
+    if trainer.world.is_main:
+        state = {
+            "step": step,
+            "trainer": trainer.state_dict(),
+            "streams": streams,
+            "config": yaml.safe_load(to_yaml(trainer.config)),
+        }
+        save_checkpoint(run_dir, step, state, trainer.config.run.keep_checkpoints)
+
+
+def _check_same_run(config: Config, saved: dict, run_dir: Path) -> None:
+    """Resuming under another configuration would silently mix two runs."""
+    current = yaml.safe_load(to_yaml(config))
+    changed = []
+    for group in current.keys() - {"run"}:
+        fields = current[group].keys() - {"num_workers"}
+        changed += [f"{group}.{f}" for f in sorted(fields) if current[group][f] != saved.get(group, {}).get(f)]
+    if changed:
+        raise ValueError(
+            f"{run_dir} holds a run with other values of {', '.join(sorted(changed))}; "
+            "expected the same configuration, another run.output_dir, or run.resume false"
+        )
+
+
+def _announce(config: Config, trainer: Trainer, start: int) -> None:
+    millions = sum(p.numel() for p in trainer.model.student.parameters()) / 1e6
+    device = torch.cuda.get_device_name() if trainer.world.device.type == "cuda" else "CPU"
+    logger.info(
+        "%s: %.2f M student parameters, %d images a step over %d process(es) on %s, %s",
+        *(config.run.output_dir, millions, config.optim.batch_size, trainer.world.size, device, trainer.compute_dtype),
+    )
+    if 0 < start < config.optim.steps:
+        logger.info("resuming after step %d", start)
+    if start >= config.optim.steps:
+        logger.info("all %d steps are done already; for a new run choose another run.output_dir", start)
+    tokens = (config.data.image_size // config.model.patch_size) ** 2
+    batch = config.optim.batch_size * (1 if config.clustering.positionwise else tokens)
+    floor = entropy_floor(batch, config.clustering.n_prototypes)
+    if floor > 0:
+        logger.warning(
+            "the Sinkhorn batch of %d is smaller than the %d prototypes: balanced targets keep an entropy of at least "
+            "ln(K/B) = %.2f nats; the authors train at about 0.5",
+            *(batch, config.clustering.n_prototypes, floor),
+        )
+
+
+def _finish(config: Config, trainer: Trainer, run_dir: Path) -> None:
+    """Exports the encoder, draws the pictures, and compares the encoder with the untrained one and with pixels."""
+    ema = trainer.model.student_ema.eval()
+    save_encoder(run_dir / "encoder.safetensors", ema, config.model)
+    logger.info("wrote %s", run_dir / "encoder.safetensors")
+    if not config.run.evaluate:
+        return
+    plot_curves(run_dir / "metrics.jsonl", run_dir / "curves.png")
+    images = evaluation_images(config, 8)
+    with torch.no_grad():
+        _, _, feature_maps = ema.backbone(normalize_images(images.to(trainer.world.device)))
+    plot_pca_maps(images, feature_maps.float().cpu(), run_dir / "features.png")
+    logger.info("wrote %s and %s", run_dir / "curves.png", run_dir / "features.png")
+    if config.data.source == "synthetic":
+        torch.manual_seed(config.run.seed)
+        untrained = CAPI(config.model, config.clustering).init_weights().student.backbone.to(trainer.world.device)
+        results = evaluate_synthetic(config, {"trained": ema.backbone, "untrained": untrained.eval()})
+        (run_dir / "evaluation.yaml").write_text(yaml.safe_dump(results))
+        print(format_table(results))  # noqa: T201
+    else:
+        logger.info("no k-NN table: labels are known for the synthetic scenes only")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line of the trainer; returns the exit status."""
+    config = load_config(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        with join_world(config.run.device) as world:
+            return train(config, world)
+    except (ValueError, OSError, Diverged) as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the newest checkpoint stays", file=sys.stderr)  # noqa: T201
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

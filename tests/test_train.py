@@ -1,0 +1,288 @@
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from capi import pretrained
+from capi.checkpoint import load_newest_checkpoint
+from capi.config import Config, load_config
+from capi.data import ImageStream
+from capi.distributed import World
+from capi.masking import Masks
+from capi.model import normalize_images
+from capi.train import Trainer, main
+
+TINIEST = """
+model: {patch_size: 4, embed_dim: 16, num_heads: 2, encoder_depth: 1, predictor_depth: 1, n_registers: 4,
+        drop_path_rate: 0.3}
+masking: {mask_ratio: [0.5, 0.7], prediction_subsampling: 0.5}
+data: {image_size: 16, num_workers: 0, synthetic_size: 64}
+clustering: {n_prototypes: 16}
+optim:
+  steps: 6
+  batch_size: 8
+  lr: {base: 1.0e-3, warmup_steps: 2}
+  momentum: {base: 0.9, start: 1.0, final: 1.0, warmup_steps: 2}
+  clustering_lr: {base: 5.0e-4, warmup_steps: 2}
+run: {log_every: 1, checkpoint_every: 3, evaluate: false, device: cpu}
+"""
+
+
+@pytest.fixture
+def arguments(tmp_path) -> list[str]:
+    (tmp_path / "tiniest.yaml").write_text(TINIEST)
+    return ["--config", str(tmp_path / "tiniest.yaml"), "--run.output_dir", str(tmp_path / "run")]
+
+
+def load_tiniest(tmp_path: Path, *options: str) -> Config:
+    (tmp_path / "tiniest.yaml").write_text(TINIEST)
+    return load_config(["--config", str(tmp_path / "tiniest.yaml"), *options])
+
+
+def metrics_of(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_equal_states(one: object, other: object, path: str = "") -> None:
+    if isinstance(one, dict):
+        assert isinstance(other, dict)
+        assert one.keys() == other.keys(), path
+        for key in one:
+            assert_equal_states(one[key], other[key], f"{path}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), path
+        for i, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_equal_states(a, b, f"{path}.{i}")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), path
+    else:
+        assert one == other, path
+
+
+def test_a_run_writes_its_folder(arguments, tmp_path, capsys) -> None:
+    assert main([*arguments, "--run.evaluate", "true"]) == 0
+    run_dir = tmp_path / "run"
+    lines = metrics_of(run_dir)
+    assert [line["step"] for line in lines] == list(range(6))
+    keys = "loss clustering_loss target_entropy target_entropy_floor positional_mi positional_mi_floor dead_prototypes "
+    keys += "images_per_second flops_per_second peak_memory_bytes lr momentum clustering_lr data_wait time"
+    for line in lines:
+        assert set(keys.split()) <= line.keys()
+        assert all(value is not None for value in line.values())
+        assert 0 <= line["data_wait"] <= 1
+    assert lines[0]["target_entropy_floor"] == pytest.approx(0.6931, abs=1e-4)
+    assert lines[0]["target_entropy"] > 0.69
+    resolved = load_config(["--config", str(run_dir / "config.yaml")])
+    assert resolved.optim.batch_size == 8
+    assert (run_dir / "curves.png").read_bytes()[:4] == (run_dir / "features.png").read_bytes()[:4] == b"\x89PNG"
+    assert list(run_dir.glob("events.out.tfevents.*"))
+    with torch.no_grad():
+        global_vector, _, feature_map = pretrained.load(run_dir / "encoder.safetensors")(torch.randn(1, 3, 16, 16))
+    assert global_vector.shape == (1, 16)
+    assert feature_map.shape == (1, 4, 4, 16)
+    results = yaml.safe_load((run_dir / "evaluation.yaml").read_text())
+    table = capsys.readouterr().out
+    for name in ("trained", "untrained", "raw pixels"):
+        assert name in table
+    assert results
+
+
+def test_two_runs_are_bitwise_equal_and_another_seed_is_not(arguments, tmp_path) -> None:
+    states = []
+    for name, seed in [("a", "0"), ("b", "0"), ("c", "1")]:
+        assert main([*arguments, "--run.output_dir", str(tmp_path / name), "--run.seed", seed]) == 0
+        states.append(load_newest_checkpoint(tmp_path / name)["trainer"])
+    assert_equal_states(states[0], states[1])
+    with pytest.raises(AssertionError):
+        assert_equal_states(states[0], states[2])
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
+def test_a_signal_checkpoints_and_exits_and_the_run_resumes_bit_for_bit(
+    arguments, tmp_path, signum, monkeypatch
+) -> None:
+    whole = tmp_path / "whole"
+    assert main([*arguments, "--run.output_dir", str(whole)]) == 0
+
+    original = Trainer.step
+
+    def step_with_signal(self, images, masks, step):
+        if step == 1:
+            os.kill(os.getpid(), signum)
+        return original(self, images, masks, step)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "step", step_with_signal)
+        assert main(arguments) == 128 + signum
+    stopped = load_newest_checkpoint(tmp_path / "run")
+    assert stopped is not None
+    assert stopped["step"] == 2
+    assert main(arguments) == 0
+    assert_equal_states(load_newest_checkpoint(tmp_path / "run")["trainer"], load_newest_checkpoint(whole)["trainer"])
+    exact = ("step", "loss", "clustering_loss", "target_entropy", "lr", "momentum")
+    once, resumed = metrics_of(whole), metrics_of(tmp_path / "run")
+    assert [[line[key] for key in exact] for line in resumed] == [[line[key] for key in exact] for line in once]
+
+
+def test_the_command_line_stops_on_sigterm_and_goes_on(arguments, tmp_path) -> None:
+    command = [sys.executable, "-m", "capi.train", *arguments, "--optim.steps", "100000"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        while not metrics.exists() or not metrics.read_text().count("\n"):
+            assert time.monotonic() < deadline
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 143
+    assert "stopped by SIGTERM after step" in errors
+    assert "Traceback" not in errors
+    stopped = load_newest_checkpoint(tmp_path / "run")
+    assert stopped is not None
+    assert f"after step {stopped['step']};" in errors
+
+
+def test_a_finished_run_is_not_trained_again(arguments, tmp_path, caplog) -> None:
+    assert main(arguments) == 0
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    caplog.set_level("INFO")
+    assert main(arguments) == 0
+    assert "all 6 steps are done already" in caplog.text
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_a_folder_of_another_run_is_not_overwritten(arguments, capsys) -> None:
+    assert main(arguments) == 0
+    assert main([*arguments, "--optim.batch_size", "16", "--model.embed_dim", "32"]) == 1
+    message = capsys.readouterr().err
+    assert "holds a run with other values of model.embed_dim, optim.batch_size" in message
+
+
+def test_more_steps_may_not_be_added_silently(arguments, capsys) -> None:
+    """Every schedule stretches with the number of steps, so that is another run."""
+    assert main(arguments) == 0
+    assert main([*arguments, "--optim.steps", "12"]) == 1
+    assert "optim.steps" in capsys.readouterr().err
+
+
+def test_losses_that_stay_nan_stop_the_run_and_leave_a_good_checkpoint(
+    arguments, tmp_path, capsys, monkeypatch
+) -> None:
+    original = Trainer.step
+
+    def poisoned(self, images, masks, step):
+        return original(self, images * float("nan") if step >= 4 else images, masks, step)
+
+    monkeypatch.setattr(Trainer, "step", poisoned)
+    status = main([*arguments, "--optim.steps", "20", "--run.max_nan_steps", "4", "--run.checkpoint_every", "3"])
+    assert status == 1
+    message = capsys.readouterr().err
+    assert re.search(r"not finite for 4 steps in a row.*last good checkpoint: .*step_000000003.pt", message)
+    good = load_newest_checkpoint(tmp_path / "run")
+    assert good is not None
+    assert good["step"] == 3
+    assert all(t.isfinite().all() for t in good["trainer"]["model"].values())
+
+
+def test_one_nan_step_changes_no_trained_weight(tmp_path) -> None:
+    config = load_tiniest(tmp_path)
+    trainer = Trainer(config, World(0, 1, torch.device("cpu")))
+    batches = iter(ImageStream(config))
+    batch = next(batches)
+    trainer.step(normalize_images(batch.images), batch.masks, 2)
+    before = {name: p.clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.step(normalize_images(batch.images) * float("nan"), batch.masks, 3)
+    assert int(trainer.bad_steps) == 1
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad:
+            assert torch.equal(parameter, before[name]), name
+    trainer.step(normalize_images(batch.images), batch.masks, 4)
+    assert int(trainer.bad_steps) == 0
+    assert not torch.equal(trainer.model.student.head.last_layer.weight_v, before["student.head.last_layer.weight_v"])
+
+
+def test_the_loss_falls_on_one_batch(tmp_path) -> None:
+    config = load_tiniest(tmp_path, "--optim.steps", "60", "--model.drop_path_rate", "0", "--optim.lr.base", "1e-2")
+    trainer = Trainer(config, World(0, 1, torch.device("cpu")))
+    batch = next(iter(ImageStream(config)))
+    losses = [float(trainer.step(normalize_images(batch.images), batch.masks, step).loss) for step in range(60)]
+    assert losses[-1] < losses[0] - 0.3
+
+
+def test_a_warning_when_the_sinkhorn_batch_is_smaller_than_the_prototypes(arguments, caplog) -> None:
+    assert main(arguments) == 0
+    assert "the Sinkhorn batch of 8 is smaller than the 16 prototypes" in caplog.text
+    assert "0.69 nats" in caplog.text
+    caplog.clear()
+    assert main([*arguments, "--run.resume", "false", "--clustering.positionwise", "false"]) == 0
+    assert "smaller than" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data.image_size", "18"], "data.image_size must be a multiple of model.patch_size 4, got 18"),
+        (["--data.source", "folder:/no/such/place"], "/no/such/place"),
+        (["--data.source", "flder:/tmp"], "flder"),
+        (["--run.device", "cuda"], "PyTorch sees no GPU"),
+        (["--masking.mask_ratio", "0.05"], "at least one predicted patch"),
+    ],
+)
+def test_wrong_inputs_stop_with_a_message(arguments, options, message, capsys) -> None:
+    if options[0] == "--run.device" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert main([*arguments, *options]) == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ")
+    assert message in errors
+
+
+def test_two_processes_train_as_one(arguments, tmp_path) -> None:
+    """The same global batches, Sinkhorn over all of them, and averaged gradients: equal to fp32 rounding.
+
+    Numbers of predictions are equal on both ranks here, else the mean of means would differ from the mean.
+    """
+    options = ["--model.drop_path_rate", "0", "--masking.mask_ratio", "0.6"]
+    assert main([*arguments, *options, "--run.output_dir", str(tmp_path / "one")]) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command += ["--standalone", "-m", "capi.train", *arguments, *options, "--run.output_dir", str(tmp_path / "two")]
+    subprocess.run(command, check=True, capture_output=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    one = load_newest_checkpoint(tmp_path / "one")["trainer"]["model"]
+    two = load_newest_checkpoint(tmp_path / "two")["trainer"]["model"]
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
+    for a, b in zip(metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two"), strict=True):
+        for key in ("loss", "clustering_loss", "target_entropy"):
+            assert a[key] == pytest.approx(b[key], rel=1e-5), key
+
+
+def test_a_step_does_not_depend_on_which_images_share_a_batch_position(tmp_path) -> None:
+    """Permuting the images of a batch, masks and all, changes no loss beyond rounding."""
+    config = load_tiniest(tmp_path, "--model.drop_path_rate", "0")
+    batch = next(iter(ImageStream(config)))
+    order = [3, 1, 0, 2, 7, 6, 5, 4]
+
+    def permuted(indices: torch.Tensor, counts: tuple[int, ...]) -> tuple[torch.Tensor, tuple[int, ...]]:
+        parts = indices.split(counts)
+        return torch.cat([parts[j] + 16 * (i - j) for i, j in enumerate(order)]), tuple(counts[j] for j in order)
+
+    visible, visible_counts = permuted(batch.masks.visible_indices, batch.masks.visible_counts)
+    predicted, predict_counts = permuted(batch.masks.predict_indices, batch.masks.predict_counts)
+    shuffled = Masks(visible, predicted, visible_counts, predict_counts)
+    images = normalize_images(batch.images)
+    once = Trainer(config, World(0, 1, torch.device("cpu"))).step(images, batch.masks, 3)
+    again = Trainer(config, World(0, 1, torch.device("cpu"))).step(images[order], shuffled, 3)
+    for key in ("loss", "clustering_loss", "target_entropy"):
+        assert float(getattr(once, key)) == pytest.approx(float(getattr(again, key)), rel=1e-5), key
