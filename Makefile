@@ -4,17 +4,27 @@ PYTHON ?= python3
 DATA ?= synthetic
 ARGS ?=
 VENV := .venv
+# Files are worth loading in processes of their own; the scenes of the default lie in memory.
+WORKERS := $(if $(filter-out synthetic,$(DATA)),$(shell nproc),0)
 RUN := runs/tiny$(if $(filter-out synthetic,$(DATA)),-$(shell printf '%s' '$(DATA)' | tr -c 'A-Za-z0-9' '-'))
 
-.PHONY: train test clean
+.PHONY: train test seeds clean
 
 train: $(VENV)/.installed
-	$(VENV)/bin/python -m capi.train --data.source '$(DATA)' --run.output_dir '$(RUN)' $(ARGS)
+	$(VENV)/bin/python -m capi.train --data.source '$(DATA)' --data.num_workers $(WORKERS) --run.output_dir '$(RUN)' $(ARGS)
 
 test: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/python -m pytest
+
+# Three trainings of the default, and their evaluations as a results file.
+seeds: $(VENV)/.installed
+	for seed in 0 1 2; do $(VENV)/bin/python -m capi.train --run.seed $$seed --run.output_dir runs/tiny-seed-$$seed; done
+	{ date -u '+Made by `make seeds` on %F, on a CPU.%n'; \
+	  git log -1 --format='Commit %h.%n'; \
+	  $(VENV)/bin/python -m capi.evaluate runs/tiny-seed-0 runs/tiny-seed-1 runs/tiny-seed-2; \
+	} > benchmarks/results/tiny_seeds.md
 
 $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from capi.checkpoint import load_newest_checkpoint, newest_checkpoint, save_checkpoint, save_encoder
 from capi.config import Config, check_config, load_config, to_yaml
@@ -181,7 +182,8 @@ def train(config: Config, world: World) -> int:
     if start < config.optim.steps:
         streams = checkpoint["streams"] if checkpoint else []
         stream_state = streams[world.rank] if world.rank < len(streams) else None
-        signum = _run_steps(trainer, start, stream_state, run_dir)
+        with logging_redirect_tqdm():  # a log line does not break the progress bar
+            signum = _run_steps(trainer, start, stream_state, run_dir)
         if signum is not None:
             return 128 + signum
     if world.is_main:
@@ -198,7 +200,14 @@ def _run_steps(trainer: Trainer, start: int, stream_state: dict | None, run_dir:
     writer = MetricsWriter(run_dir, start) if world.is_main else None
     rates = _Rates(config, world)
     stop = StopRequest()
-    bar = tqdm(total=config.optim.steps, initial=start, disable=not world.is_main, unit="step", dynamic_ncols=True)
+    bar = tqdm(
+        total=config.optim.steps,
+        initial=start,
+        disable=not world.is_main,
+        unit="step",
+        dynamic_ncols=True,
+        mininterval=0.2 if sys.stderr.isatty() else 10,  # a log file needs no animation
+    )
     try:
         batches = iter(stream)
         for step in range(start, config.optim.steps):

@@ -154,6 +154,20 @@ def test_the_command_line_stops_on_sigterm_and_goes_on(arguments, tmp_path) -> N
     assert f"after step {stopped['step']};" in errors
 
 
+def test_training_needs_no_triton(arguments, tmp_path) -> None:
+    program = (
+        "import sys\n"
+        "sys.modules['triton'] = None\n"  # importing it raises ImportError
+        "import capi_kernels\n"
+        "from capi.train import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    subprocess.run([sys.executable, "-c", program, *arguments], check=True, capture_output=True, timeout=120)
+    state = load_newest_checkpoint(tmp_path / "run")
+    assert state is not None
+    assert state["step"] == 6
+
+
 def test_a_finished_run_is_not_trained_again(arguments, tmp_path, caplog) -> None:
     assert main(arguments) == 0
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
