@@ -1,0 +1,183 @@
+import math
+
+import pytest
+import torch
+from numerics import assert_as_accurate
+from torch import Tensor
+
+from capi_kernels import apply_rotary, reference, rotary_tables, visible_attention
+
+LENGTHS = {
+    "one": [1],
+    "one image": [7],
+    "uniform": [4, 4, 4],
+    "ragged": [3, 9, 1, 8],
+    "empty images": [0, 5, 0, 0, 2, 0],
+    "nothing": [0, 0],
+}
+
+
+def cumulative(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
+
+
+def arguments(lengths: list[int], dtype: torch.dtype, heads: int = 3, head_dim: int = 8, rotary: bool = True) -> dict:
+    """q, k and v are strided views of one packed buffer."""
+    tokens = sum(lengths)
+    generator = torch.Generator().manual_seed(tokens)
+    packed = torch.randn(tokens, 3, heads, head_dim, generator=generator, dtype=torch.float64)
+    coords = torch.rand(tokens, 2, generator=generator, dtype=torch.float64)
+    tables = rotary_tables(coords, 20 * torch.rand(2, head_dim, generator=generator, dtype=torch.float64))
+    cos, sin = (x.to(torch.promote_types(dtype, torch.float32)) for x in tables) if rotary else (None, None)
+    q, k, v = packed.to(dtype).unbind(1)
+    return {
+        "q": q,
+        "k": k,
+        "v": v,
+        "cos": cos,
+        "sin": sin,
+        "cu_seqlens": cumulative(lengths),
+        "max_seqlen": max(lengths),
+    }
+
+
+def in_float64(arguments: dict) -> dict:
+    return {name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in arguments.items()}
+
+
+def run(op, arguments: dict) -> dict[str, Tensor]:
+    """Output and gradients."""
+    leaves = {name: arguments[name].detach().requires_grad_() for name in ("q", "k", "v")}
+    out = op(**(arguments | leaves))
+    doutput = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(out.dtype)
+    out.backward(doutput)
+    return {"out": out.detach(), **{f"d{name}": leaf.grad for name, leaf in leaves.items()}}
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_output_and_gradients_match_the_definition(lengths: str, dtype: torch.dtype) -> None:
+    for options in ({}, {"heads": 1, "head_dim": 5, "rotary": False, "scale": 0.7}, {"slack": 4}):
+        slack, scale = options.pop("slack", 0), options.pop("scale", None)
+        given = arguments(LENGTHS[lengths], dtype, **options) | {"scale": scale}
+        given["max_seqlen"] += slack
+        oracle = run(reference.visible_attention, in_float64(given))
+        same_dtype = run(reference.visible_attention, given)
+        actual = run(visible_attention, given)
+        for name in oracle:
+            if dtype == torch.float64:
+                torch.testing.assert_close(actual[name], oracle[name], rtol=0, atol=1e-12)
+            else:
+                assert_as_accurate(actual[name], same_dtype[name], oracle[name])
+
+
+def test_packed_equals_image_by_image() -> None:
+    given = arguments(LENGTHS["ragged"], torch.float64)
+    results = run(visible_attention, given)
+    packed = ("q", "k", "v", "cos", "sin")
+    parts = {name: given[name].split(LENGTHS["ragged"]) for name in packed}
+    images = []
+    for image, length in enumerate(LENGTHS["ragged"]):
+        alone = {name: parts[name][image] for name in packed}
+        images.append(visible_attention(**alone, cu_seqlens=cumulative([length]), max_seqlen=length))
+    torch.testing.assert_close(results["out"], torch.cat(images), rtol=0, atol=1e-14)
+
+    order = [2, 0, 3, 1]
+    moved = {name: torch.cat([parts[name][image] for image in order]) for name in packed}
+    lengths = [LENGTHS["ragged"][image] for image in order]
+    permuted = visible_attention(**moved, cu_seqlens=cumulative(lengths), max_seqlen=9)
+    expected = torch.cat([results["out"].split(LENGTHS["ragged"])[image] for image in order])
+    torch.testing.assert_close(permuted, expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("lengths", ["uniform", "ragged"])
+def test_properties(lengths: str) -> None:
+    given = arguments(LENGTHS[lengths], torch.float32)
+    before = {name: x.clone() for name, x in given.items() if isinstance(x, Tensor)}
+    first, second = run(visible_attention, given), run(visible_attention, given)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert all(torch.equal(given[name], x) for name, x in before.items())
+    contiguous = run(visible_attention, given | {name: given[name].contiguous() for name in ("q", "k", "v")})
+    assert all(torch.equal(first[name], contiguous[name]) for name in first)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        autocast = run(visible_attention, given)
+    assert all(torch.equal(first[name], autocast[name]) for name in first)
+
+    # Another image's tokens, were they read, would show.
+    poisoned = given | {"q": given["q"].clone(), "k": given["k"].clone(), "v": given["v"].clone()}
+    start = int(given["cu_seqlens"][-2])
+    for name in ("q", "k", "v"):
+        poisoned[name][start:] = math.nan
+    assert torch.equal(visible_attention(**poisoned)[:start], first["out"][:start])
+
+
+def test_rotary_embedding_and_its_gradient() -> None:
+    given = arguments([9], torch.float64)
+    x, cos, sin = given["q"], given["cos"], given["sin"]
+    results = {}
+    for op in (apply_rotary, reference.apply_rotary):
+        leaf = x.detach().requires_grad_()
+        out = op(leaf, cos, sin)
+        out.backward(given["k"])
+        results[op] = out.detach(), leaf.grad
+    for actual, expected in zip(results[apply_rotary], results[reference.apply_rotary], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-15)
+    half = apply_rotary(x.half(), cos.float(), sin.float())
+    assert_as_accurate(half, reference.apply_rotary(x.half(), cos.float(), sin.float()), results[apply_rotary][0])
+
+
+def test_rotary_tables_are_formed_in_float32() -> None:
+    coords, freqs = torch.tensor([[0.3, 0.9], [1.0, 0.1]]), torch.tensor([[44.0, 0.0, 1.0], [0.0, 44.0, 2.0]])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cos, sin = rotary_tables(coords, freqs)
+    angle = coords.double() @ freqs.double()
+    assert cos.dtype == sin.dtype == torch.float32
+    torch.testing.assert_close(cos.double(), angle.cos(), rtol=0, atol=44 * 1.2e-7)
+    torch.testing.assert_close(sin.double(), angle.sin(), rtol=0, atol=44 * 1.2e-7)
+    assert rotary_tables(coords.double(), freqs.double())[0].dtype == torch.float64
+
+
+def test_bad_arguments() -> None:
+    good = arguments([3, 4], torch.float32)  # 7 tokens, 3 heads of 8
+    q, k, v, cos, cu = (good[name] for name in ("q", "k", "v", "cos", "cu_seqlens"))
+
+    def offsets(*values: int) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32)
+
+    odd = {name: good[name][..., :7] for name in ("q", "k", "v", "cos", "sin")}
+    cases = [
+        (TypeError, "q must be floating point, got torch.int64", {"q": q.long()}),
+        (ValueError, r"q must have the axes \[tokens, heads, head_dim\], got shape \(7, 24\)", {"q": q.flatten(1)}),
+        (ValueError, "q must have at least one element on the axis heads, got 0", {"q": q[:, :0]}),
+        (ValueError, "q must have at least one element on the axis head_dim, got 0", {"q": q[..., :0]}),
+        (TypeError, "k must have the dtype of q, torch.float32, got torch.float64", {"k": k.double()}),
+        (ValueError, r"k must have the shape \[tokens=7, heads=3, head_dim=8\], got \(7, 2, 8\)", {"k": k[:, :2]}),
+        (ValueError, r"v must have the shape \[tokens=7, heads=3, head_dim=8\], got \(7, 3, 4\)", {"v": v[..., :4]}),
+        (ValueError, "v must be on the device of q, cpu, got meta", {"v": v.to("meta")}),
+        (ValueError, "cos and sin must both be given or both be None, got cos = None", {"cos": None}),
+        (ValueError, r"cos must have the shape \[tokens=7, head_dim=8\], got \(6, 8\)", {"cos": cos[:6]}),
+        (TypeError, "sin must be torch.float32, got torch.bfloat16", {"sin": cos.bfloat16()}),
+        (ValueError, "cos must be on the device of q, cpu, got meta", {"cos": cos.to("meta")}),
+        (ValueError, "head_dim must be even for a rotary embedding, got 7", odd),
+        (TypeError, "cu_seqlens must be torch.int32, got torch.int64", {"cu_seqlens": cu.long()}),
+        (ValueError, r"cu_seqlens must have the shape \[groups \+ 1\] .*, got \(1, 3\)", {"cu_seqlens": cu[None]}),
+        (ValueError, r"cu_seqlens must have the shape \[groups \+ 1\] .*, got \(1,\)", {"cu_seqlens": cu[:1]}),
+        (ValueError, "cu_seqlens must be on the device of q, cpu, got meta", {"cu_seqlens": cu.to("meta")}),
+        (ValueError, "cu_seqlens must start at 0, got 1", {"cu_seqlens": offsets(1, 3, 7)}),
+        (ValueError, "cu_seqlens must not decrease, got a step of -1", {"cu_seqlens": offsets(0, 4, 3, 7)}),
+        (ValueError, "cu_seqlens must end at the token count 7, got 6", {"cu_seqlens": offsets(0, 3, 6)}),
+        (ValueError, "cu_seqlens must end at the token count 7, got 8", {"cu_seqlens": offsets(0, 4, 8)}),
+        (ValueError, "max_seqlen must be at least 4 for 7 tokens, got 3", {"max_seqlen": 3}),
+        (ValueError, "max_seqlen must be at least 5, the longest sequence, got 4", {"cu_seqlens": offsets(0, 5, 7)}),
+        (ValueError, "scale must be positive and finite, got 0.0", {"scale": 0.0}),
+        (ValueError, "scale must be positive and finite, got -1.0", {"scale": -1.0}),
+    ]
+    for error, message, bad in cases:
+        with pytest.raises(error, match=message):
+            visible_attention(**(good | bad))
+    with pytest.raises(ValueError, match=r"freqs must have the shape \[coordinates=2, head_dim=8\], got \(3, 8\)"):
+        rotary_tables(torch.rand(7, 2), torch.rand(3, 8))
+    with pytest.raises(TypeError, match=r"coords must be floating point, got torch.int64"):
+        rotary_tables(torch.ones(7, 2, dtype=torch.int64), torch.rand(2, 8))
+    with pytest.raises(ValueError, match="head_dim must be even for a rotary embedding, got 7"):
+        apply_rotary(odd["q"], odd["cos"], odd["sin"])
