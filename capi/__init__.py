@@ -1,0 +1,1 @@
+"""Trains CAPI encoders and loads them for their features."""
