@@ -414,7 +414,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with join_world(config.run.device) as world:
             return train(config, world)
-    except (ValueError, OSError, Diverged) as error:
+    except (ValueError, OSError, ImportError, Diverged) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 1
     except KeyboardInterrupt:

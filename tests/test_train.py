@@ -263,6 +263,12 @@ def test_wrong_inputs_stop_with_a_message(arguments, options, message, capsys) -
     assert message in errors
 
 
+def test_a_missing_extra_is_named(arguments, capsys, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert main([*arguments, "--data.source", "hf:anything"]) == 1
+    assert "error: hf:anything needs Hugging Face datasets: pip install capi[data]" in capsys.readouterr().err
+
+
 def test_two_processes_train_as_one(arguments, tmp_path) -> None:
     """The same global batches, Sinkhorn over all of them, and averaged gradients: equal to fp32 rounding.
 
