@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from einops import rearrange
@@ -121,6 +122,28 @@ def test_evaluation_tells_good_features_from_none(small):
         assert results["constant"][key] < 0.25
         assert results["raw pixels"][key] > results["constant"][key] + 0.05
         assert results["patches"][key] == evaluate_synthetic(small, {"again": Patches(4)})["again"][key]
+
+
+class ColouredScenes:
+    """Stripes of labels, each shown in a colour of its own."""
+
+    def __init__(self, size: int, image_size: int, seed: int):
+        self.image_size, self.seed = image_size, seed
+
+    def labelled(self, index: int):
+        rng = np.random.default_rng((self.seed, index))
+        labels = np.repeat(rng.integers(8, size=(self.image_size // 4, 1)), 4, axis=0).repeat(self.image_size, axis=1)
+        colours = np.array([[255 * (label >> bit & 1) for bit in range(3)] for label in range(8)], dtype=np.uint8)
+        return colours[labels], int(labels[0, 0]), labels
+
+
+def test_a_patch_is_compared_with_its_own_label(small, monkeypatch):
+    monkeypatch.setattr(evaluate, "SyntheticScenes", ColouredScenes)
+    results = evaluate_synthetic(small, {"patches": Patches(4), "constant": Constant(4)})
+    for name in ("patches", "raw pixels"):
+        assert results[name]["patch_accuracy"] == 1
+        assert results[name]["patch_miou"] == 1
+    assert results["constant"]["patch_accuracy"] < 0.25
 
 
 def test_held_out_scenes_are_no_training_scenes(small):

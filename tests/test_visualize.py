@@ -103,16 +103,22 @@ def test_fewer_dimensions_than_colours():
 def test_every_image_stands_beside_its_map(tmp_path, n_images):
     images = torch.zeros(n_images, 3, 8, 8, dtype=torch.uint8)
     images[:, 0], images[:, 1] = 200, torch.arange(n_images, dtype=torch.uint8)[:, None, None] * 40
+    images[:, 2, :4] = 90
     maps = torch.zeros(n_images, 2, 2, 4)
-    maps[:, 0, 0, 0] = 1
+    maps[..., 0] = torch.arange(n_images).square()[:, None, None]
+    maps[:, 0, 1, 1] = 40
     plot_pca_maps(images, maps, tmp_path / "maps.png")
     picture = read(tmp_path / "maps.png")
+    colours = np.round(_principal_colours(maps.numpy()) * 255)
     for i in range(n_images):
-        shown = (picture == [200, 40 * i, 0]).all(axis=2)
-        rows, columns = np.nonzero(shown)
-        height, width = rows.max() - rows.min() + 1, columns.max() - columns.min() + 1
-        assert shown.sum() > 0.95 * height * width
+        upper, lower = ((picture == [200, 40 * i, blue]).all(axis=2) for blue in (90, 0))
+        rows, columns = np.nonzero(upper | lower)
+        top, left, height, width = rows.min(), columns.min(), np.ptp(rows) + 1, np.ptp(columns) + 1
         assert abs(height - width) <= 2
-        # To its right, the first quarter of the map in one colour and the rest in another.
-        beside = picture[rows.min() + height // 4, columns.max() + 1 :][: width + 30]
-        assert len(np.unique(beside[(beside != 255).any(axis=1)], axis=0)) >= 2
+        assert (upper | lower)[top : top + height, left : left + width].mean() > 0.95
+        assert np.nonzero(upper)[0].max() <= np.nonzero(lower)[0].min()
+        # The map is as large as the image and follows it after a small gap.
+        beside = picture[:, left + width + 20 : left + 2 * width - 2]
+        for row, column in (0, 0), (0, 1), (1, 0), (1, 1):
+            shown = beside[top + height // 4 + row * height // 2, width // 4 - 10 + column * width // 2]
+            assert np.abs(shown - colours[i, row, column]).max() <= 1
