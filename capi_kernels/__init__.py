@@ -1,16 +1,18 @@
-"""The ops of CAPI: position-wise Sinkhorn, the clustering head, and attention over packed tokens with 2-D rotary."""
+"""The ops of CAPI: position-wise Sinkhorn, both heads' losses, and attention over packed tokens with 2-D rotary."""
 
 from capi_kernels import reference
 from capi_kernels._rotary import apply_rotary, rotary_tables
 from capi_kernels.clustering import clustering_head
 from capi_kernels.masked_cross_attention import masked_cross_attention
-from capi_kernels.reference import ClusteringHead, Potentials
+from capi_kernels.reference import ClusteringHead, Potentials, TargetRows
 from capi_kernels.sinkhorn import assignments_from_potentials, sinkhorn_positionwise, sinkhorn_potentials
+from capi_kernels.student_loss import student_loss
 from capi_kernels.visible_attention import visible_attention
 
 __all__ = [
     "ClusteringHead",
     "Potentials",
+    "TargetRows",
     "apply_rotary",
     "assignments_from_potentials",
     "clustering_head",
@@ -19,5 +21,6 @@ __all__ = [
     "rotary_tables",
     "sinkhorn_positionwise",
     "sinkhorn_potentials",
+    "student_loss",
     "visible_attention",
 ]

@@ -4,7 +4,8 @@
     loss = mean over tokens of LSE(z / T) sum(t) - sum(t z) / T        dz = (softmax(z / T) sum(t) - t) / (T tokens)
 
 Positions are streamed: logits, assignment, loss and the gradients of weight and bias of a few positions at a time.
-Never written: [positions, images, prototypes]. Without position-wise balancing every pass recomputes the logits.
+Never written: [positions, images, prototypes]. Without position-wise balancing every pass recomputes the logits. The op
+`capi_kernels::clustering_head` is opaque to torch.compile; it computes the gradients with the loss.
 """
 
 import math
@@ -28,14 +29,20 @@ from capi_kernels._checks import (
     resolve_group,
 )
 from capi_kernels.reference import ClusteringHead, Potentials
-from capi_kernels.sinkhorn import HEADROOM, balance, exponentials, positions_per_chunk, rows_per_block
-
-GPU_POSITION_CHUNK = 8
+from capi_kernels.sinkhorn import (
+    HEADROOM,
+    balance,
+    exponentials,
+    group_name,
+    named_group,
+    positions_per_chunk,
+    rows_per_block,
+)
 
 Blocks = Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]  # assignments, rows, logits, features: [p, rows, ...] each
 
 
-class _Linear:
+class StreamedLinear:
     """normalise(features) weight^T + bias, a chunk of positions at a time, into one buffer."""
 
     def __init__(self, features: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, chunk: int):
@@ -61,7 +68,7 @@ class _Linear:
 
 
 def _balance_positions(
-    linear: _Linear,
+    linear: StreamedLinear,
     exps: Tensor,
     potentials: Potentials,
     temperature: float,
@@ -88,7 +95,7 @@ def _balance_positions(
 
 
 def _balance_together(
-    linear: _Linear,
+    linear: StreamedLinear,
     exps: Tensor,
     potentials: Potentials,
     temperature: float,
@@ -116,10 +123,10 @@ def _balance_together(
     yield from balance(passes, column, n_iterations, eps, process_group)
 
 
-def _cross_entropy_(targets: Tensor, logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def soft_cross_entropy_(targets: Tensor, logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Sum over rows of LSE sum(t) - sum(t z), z = logits / temperature, and its gradient in z, written over logits."""
-    z = logits.mul_(1 / temperature)
-    z.sub_(z.amax(-1, keepdim=True))
+    # The difference first: scaled logits would lose what tells them from a large maximum.
+    z = logits.sub_(logits.amax(-1, keepdim=True)).mul_(1 / temperature)
     total = targets.sum(-1, keepdim=True)
     matched = torch.linalg.vecdot(targets, z).sum(dtype=torch.float64)
     z.exp_()
@@ -138,14 +145,14 @@ def _stream(
     n_iterations: int,
     eps: float,
     positionwise: bool,
-    chunk: int,
+    position_chunk: int | None,
     process_group: ProcessGroup | None,
-) -> tuple[ClusteringHead, Tensor, Tensor]:
-    """The head's results, and the gradients of its loss in weight and bias."""
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None, Potentials, Tensor, Tensor]:
+    """The loss, the targets of `rows`, the potentials, and the gradients of the loss in weight and bias."""
     positions, images, dim = features.shape
     prototypes, tokens = len(weight), positions * images
-    device_type = features.device.type
-    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else features.dtype
+    chunk = min(positions, position_chunk or positions_per_chunk(images, prototypes, 4, process_group))
     wide = torch.promote_types(dtype, torch.float32)
 
     targets = None
@@ -164,8 +171,8 @@ def _stream(
     shapes = ((slices, prototypes), (slices, prototypes), (slices, tokens // slices))
     potentials = Potentials(*(features.new_ones(shape, dtype=wide) for shape in shapes))
 
-    with torch.autocast(device_type, enabled=False):
-        linear = _Linear(features, weight, bias, dtype, chunk)
+    with torch.autocast(features.device.type, enabled=False):
+        linear = StreamedLinear(features, weight, bias, dtype, chunk)
         exps = features.new_empty((chunk, features.shape[1], prototypes), dtype=wide)
         loss = features.new_zeros((), dtype=torch.float64)
         dweight = torch.zeros_like(weight, dtype=wide)
@@ -179,7 +186,7 @@ def _stream(
                 chosen = slice(bisect_left(bounds, start), bisect_left(bounds, start + len(t)))
                 targets.index_copy_(0, order[chosen], t[keys[chosen] - start])
             start += len(t)
-            block_loss, dlogits = _cross_entropy_(t, logits.to(wide), prediction_temperature)
+            block_loss, dlogits = soft_cross_entropy_(t, logits.to(wide), prediction_temperature)
             loss += block_loss
             dweight += dlogits.to(dtype).mT @ f
             dbias += dlogits.sum(0)
@@ -187,26 +194,79 @@ def _stream(
     factor = 1 / (prediction_temperature * tokens)
     if not positionwise:
         potentials = Potentials(*(x[0] for x in potentials))
-    head = ClusteringHead((loss / tokens).to(wide), targets, potentials)
-    return head, dweight.mul_(factor).to(weight.dtype), dbias.mul_(factor).to(weight.dtype)
+    return (loss / tokens).to(wide), targets, potentials, dweight.mul_(factor), dbias.mul_(factor)
 
 
-class _AttachGradients(torch.autograd.Function):
-    """The loss, whose gradients in weight and bias are known already."""
+OP = "capi_kernels::clustering_head"
+torch.library.define(
+    OP,
+    "(Tensor features, Tensor weight, Tensor? bias, Tensor? rows, float target_temperature,"
+    " float prediction_temperature, int n_iterations, float eps, bool positionwise, SymInt? position_chunk,"
+    " str? process_group, ScalarType dtype) -> (Tensor loss, Tensor targets, Tensor column_max, Tensor column,"
+    " Tensor row, Tensor dweight, Tensor dbias)",
+)
+
+
+def _outputs(features: Tensor, weight: Tensor, results: tuple) -> tuple[Tensor, ...]:
+    loss, targets, potentials, dweight, dbias = results
+    targets = loss.new_empty((0, len(weight))) if targets is None else targets
+    return loss, targets, *potentials, dweight.to(weight.dtype), dbias.to(weight.dtype)
+
+
+@torch.library.impl(OP, "CPU")
+def _(features, weight, *arguments):
+    *arguments, process_group, dtype = arguments
+    return _outputs(features, weight, _stream(features, weight, *arguments, named_group(process_group), dtype))
+
+
+@torch.library.impl(OP, "CUDA")
+def _(features, weight, *arguments):
+    from capi_kernels import clustering_triton
+
+    *arguments, process_group, dtype = arguments
+    with torch.cuda.device(features.device), torch.autocast(features.device.type, enabled=False):
+        results = clustering_triton.clustering_head(features, weight, *arguments, named_group(process_group), dtype)
+    return _outputs(features, weight, results)
+
+
+@torch.library.register_fake(OP)
+def _(features, weight, bias, rows, *arguments):
+    (positions, images, _), prototypes = features.shape, len(weight)
+    *_, positionwise, _, _, dtype = arguments
+    slices, row = ((positions,), images) if positionwise else ((), positions * images)
+    wide = torch.promote_types(dtype, torch.float32)
+    shapes = (), (0 if rows is None else len(rows), prototypes), *((*slices, n) for n in (prototypes, prototypes, row))
+    return (
+        *(features.new_empty(shape, dtype=wide) for shape in shapes),
+        weight.new_empty(weight.shape),
+        weight.new_empty(prototypes),
+    )
+
+
+def _setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    _, *others, dweight, dbias = output
+    ctx.mark_non_differentiable(*others, dweight, dbias)
+    ctx.save_for_backward(dweight, dbias)
+
+
+def _backward(ctx: FunctionCtx, dloss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    needed = ctx.needs_input_grad[1:3]
+    gradients = (x * dloss if needs else None for x, needs in zip(ctx.saved_tensors, needed, strict=True))
+    return None, *gradients, *[None] * 9
+
+
+torch.library.register_autograd(OP, _backward, setup_context=_setup_context)
+
+
+class _ClusteringHead(torch.autograd.Function):
+    """The op once more, in the form that torch.func knows."""
 
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, weight: Tensor, bias: Tensor | None, loss: Tensor, dweight: Tensor, dbias: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(dweight, dbias)
-        return loss.clone()
+    def forward(*inputs):
+        return torch.ops.capi_kernels.clustering_head(*inputs)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        dweight, dbias = ctx.saved_tensors
-        needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        return dweight * dloss if needs_weight else None, dbias * dloss if needs_bias else None, None, None, None
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(once_differentiable(_backward))
 
 
 def clustering_head(
@@ -238,8 +298,9 @@ def clustering_head(
             any order, with repeats. None returns none.
         n_iterations, eps, process_group: as in `sinkhorn_positionwise`. The loss is this process's mean.
         positionwise: balance every position apart; otherwise all positions together.
-        position_chunk: positions handled at a time, the same on all ranks; by default what fits in a CPU's cache, and 8
-            on a GPU. Changes memory and speed only.
+        position_chunk: positions handled at a time, the same on all ranks; by default what fits in a CPU's cache, and
+            on a GPU 1 GiB of logits but at most a quarter of the free memory (over a group, 16 positions). Changes
+            memory, speed and the rounding of the gradients.
 
     Returns:
         ClusteringHead(loss, targets [selected, prototypes] in the order of `rows` or None, potentials of the
@@ -248,8 +309,9 @@ def clustering_head(
 
     Raises:
         TypeError: features, weight or bias that are not floating point, rows that are not int32 or int64.
-        ValueError: other shapes or devices, an empty axis, rows out of range (looked at on a CPU only), temperatures
-            that are not positive and finite, n_iterations or position_chunk < 1, a negative or non-finite eps.
+        ValueError: other shapes or devices, an empty axis, rows out of range (looked at on a CPU, uncompiled),
+            temperatures that are not positive and finite, n_iterations or position_chunk < 1, a negative or non-finite
+            eps.
     """
     check_tensor("features", features, "positions images dim")
     positions, images, dim = features.shape
@@ -266,27 +328,23 @@ def clustering_head(
         check_index("rows", rows, positions * images, ("features", features))
     check_positive(target_temperature=target_temperature, prediction_temperature=prediction_temperature)
     check_sinkhorn_options(n_iterations, eps)
-    process_group = resolve_group(process_group)
-    if position_chunk is None:
-        position_chunk = GPU_POSITION_CHUNK
-        if features.device.type == "cpu":
-            position_chunk = positions_per_chunk(images, prototypes, 4, process_group)
-    elif position_chunk < 1:
+    process_group = group_name(resolve_group(process_group))
+    if position_chunk is not None and position_chunk < 1:
         raise ValueError(f"position_chunk must be at least 1, got {position_chunk}")
-    with torch.no_grad():
-        head, dweight, dbias = _stream(
-            features,
-            weight,
-            bias,
-            rows,
-            target_temperature,
-            prediction_temperature,
-            n_iterations,
-            eps,
-            positionwise,
-            min(position_chunk, positions),
-            process_group,
-        )
-    if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
-        head = head._replace(loss=_AttachGradients.apply(weight, bias, head.loss, dweight, dbias))
-    return head
+    device_type = features.device.type
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else features.dtype
+    loss, targets, column_max, column, row, _, _ = _ClusteringHead.apply(
+        features,
+        weight,
+        bias,
+        rows,
+        target_temperature,
+        prediction_temperature,
+        n_iterations,
+        eps,
+        positionwise,
+        position_chunk,
+        process_group,
+        dtype,
+    )
+    return ClusteringHead(loss, None if rows is None else targets, Potentials(column_max, column, row))

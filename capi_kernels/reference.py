@@ -24,6 +24,15 @@ class Potentials(NamedTuple):
     row: Float[Tensor, "*slices images"]
 
 
+class TargetRows(NamedTuple):
+    """Rows of a Sinkhorn assignment that are computed where they are needed rather than stored."""
+
+    logits: Float[Tensor, "positions images prototypes"]
+    potentials: Potentials
+    rows: Int[Tensor, " selected"]  # image * positions + position
+    temperature: float
+
+
 class ClusteringHead(NamedTuple):
     """What the clustering head returns: its loss, the targets of the chosen rows, the Sinkhorn potentials."""
 
@@ -87,12 +96,20 @@ def sinkhorn_potentials(
 
 
 def assignments_from_potentials(
-    logits: Float[Tensor, "*slices images prototypes"], potentials: Potentials, *, temperature: float = 1.0
-) -> Float[Tensor, "*slices images prototypes"]:
-    """exp((logits - column_max) / temperature) * column * row."""
+    logits: Float[Tensor, "*slices images prototypes"],
+    potentials: Potentials,
+    rows: Int[Tensor, " selected"] | None = None,
+    *,
+    temperature: float = 1.0,
+) -> Float[Tensor, "*rows prototypes"]:
+    """exp((logits - column_max) / temperature) * column * row of all rows, or of image * positions + position each."""
     column_max, column, row = potentials
-    E = torch.exp((logits.to(column.dtype) - column_max.unsqueeze(-2)) / temperature)
-    return (E * column.unsqueeze(-2) * row.unsqueeze(-1)).to(logits.dtype)
+    column_max, column, row = column_max.unsqueeze(-2), column.unsqueeze(-2), row.unsqueeze(-1)
+    if rows is not None:
+        image, position = rows // len(logits), rows % len(logits)
+        column_max, column = column_max[position, 0], column[position, 0]
+        logits, row = logits[position, image], row[position, image]
+    return (torch.exp((logits.to(column.dtype) - column_max) / temperature) * column * row).to(logits.dtype)
 
 
 def clustering_head(
@@ -121,6 +138,20 @@ def clustering_head(
     # rows count image by image, the slices position by position.
     selected = None if rows is None else targets.transpose(0, 1).flatten(0, 1)[rows]
     return ClusteringHead(loss, selected, potentials)
+
+
+def student_loss(
+    logits: Float[Tensor, "predicted prototypes"],
+    targets: Float[Tensor, "predicted prototypes"] | TargetRows,
+    temperature: float = 0.12,
+) -> Float[Tensor, ""]:
+    """Mean over predictions of -sum_k target_k log softmax(logits / temperature)_k."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if isinstance(targets, TargetRows):
+        targets = assignments_from_potentials(
+            targets.logits.to(logits.dtype), targets.potentials, targets.rows, temperature=targets.temperature
+        )
+    return -(targets.detach() * F.log_softmax(logits / temperature, dim=-1)).sum(-1).mean()
 
 
 def rotary_tables(

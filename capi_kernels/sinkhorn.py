@@ -15,9 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce
+from torch.distributed.distributed_c10d import _resolve_process_group
 
-from capi_kernels import reference
 from capi_kernels._checks import (
+    check_index,
     check_not_empty,
     check_positive,
     check_sinkhorn_options,
@@ -28,7 +29,7 @@ from capi_kernels.reference import SHIFT, Potentials
 
 # In this file E carries exp(HEADROOM), which keeps it clear of the denormal numbers, slow on a CPU, and c its inverse.
 HEADROOM = 32.0
-CHUNK_BYTES = 1 << 22  # Exponentials that stay in cache between two passes.
+CHUNK_BYTES = 1 << 23  # Exponentials that stay in cache between two passes.
 
 
 def balance(
@@ -155,6 +156,76 @@ def _balanced(
     return out, potentials
 
 
+OP = "capi_kernels::sinkhorn"
+torch.library.define(
+    OP,
+    "(Tensor logits, int n_iterations, float eps, float temperature, str? process_group, bool assign)"
+    " -> (Tensor assignments, Tensor column_max, Tensor column, Tensor row)",
+)
+ASSIGNMENTS_OP = "capi_kernels::assignments_from_potentials"
+torch.library.define(
+    ASSIGNMENTS_OP,
+    "(Tensor logits, Tensor column_max, Tensor column, Tensor row, Tensor? rows, float temperature) -> Tensor",
+)
+
+
+def group_name(process_group: ProcessGroup | None) -> str | None:
+    """How an op's schema can name a group."""
+    return None if process_group is None else process_group.group_name
+
+
+def named_group(name: str | None) -> ProcessGroup | None:
+    return None if name is None else _resolve_process_group(name)
+
+
+@torch.library.impl(OP, "CPU")
+def _(logits, n_iterations, eps, temperature, process_group, assign):
+    out, potentials = _balanced(logits, n_iterations, eps, temperature, named_group(process_group), assign)
+    return logits.new_empty(0) if out is None else out, *potentials
+
+
+@torch.library.impl(OP, "CUDA")
+def _(logits, n_iterations, eps, temperature, process_group, assign):
+    from capi_kernels.sinkhorn_triton import balanced
+
+    with torch.cuda.device(logits.device):
+        out, potentials = balanced(logits, n_iterations, eps, temperature, named_group(process_group), assign)
+    return logits.new_empty(0) if out is None else out, *potentials
+
+
+@torch.library.register_fake(OP)
+def _(logits, n_iterations, eps, temperature, process_group, assign):
+    *slices, images, prototypes = logits.shape
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    potentials = (logits.new_empty((*slices, n), dtype=dtype) for n in (prototypes, prototypes, images))
+    return logits.new_empty(logits.shape if assign else 0), *potentials
+
+
+@torch.library.impl(ASSIGNMENTS_OP, "CPU")
+def _(logits, column_max, column, row, rows, temperature):
+    column_max, column, row = column_max.unsqueeze(-2), column.unsqueeze(-2), row.unsqueeze(-1)
+    if rows is not None:
+        image, position = rows // len(logits), rows % len(logits)
+        column_max, column = column_max[position, 0], column[position, 0]
+        logits, row = logits[position, image], row[position, image]
+    E = logits - column_max
+    _exponential_(E, temperature)
+    return E.mul_(column * math.exp(-HEADROOM)).mul_(row).to(logits.dtype)
+
+
+@torch.library.impl(ASSIGNMENTS_OP, "CUDA")
+def _(logits, column_max, column, row, rows, temperature):
+    from capi_kernels.sinkhorn_triton import assignments
+
+    with torch.cuda.device(logits.device):
+        return assignments(logits, Potentials(column_max, column, row), rows, temperature)
+
+
+@torch.library.register_fake(ASSIGNMENTS_OP)
+def _(logits, column_max, column, row, rows, temperature):
+    return logits.new_empty(logits.shape if rows is None else (len(rows), logits.shape[-1]))
+
+
 def _check(logits: Tensor, n_iterations: int, eps: float, temperature: float) -> None:
     check_tensor("logits", logits, "... images prototypes")
     check_not_empty("logits", images=logits.shape[-2], prototypes=logits.shape[-1])
@@ -176,7 +247,7 @@ def sinkhorn_positionwise(
     M = exp(logits / temperature - max over images + 50), then `n_iterations` times M <- M / (column sums + eps) and
     M <- M / (row sums + eps). A drop-in for the official `sinkhorn_knopp` that leaves its input as it is and computes
     in float32 (float64 for float64) whatever the dtype. No gradient: assignments are targets. On a CPU it takes, beyond
-    the output, the potentials and at most one position of float32 (4 MB of smaller ones).
+    the output, the potentials and at most one position of float32 (8 MB of smaller ones).
 
     Args:
         logits: [..., images, prototypes], any floating dtype and strides. NaN, +inf, or a prototype at -inf for every
@@ -195,12 +266,8 @@ def sinkhorn_positionwise(
             temperature that is not positive and finite.
     """
     _check(logits, n_iterations, eps, temperature)
-    process_group = resolve_group(process_group)
-    if logits.device.type != "cpu":
-        return reference.sinkhorn_positionwise(
-            logits, n_iterations, eps, temperature=temperature, process_group=process_group
-        )
-    return _balanced(logits, n_iterations, eps, temperature, process_group, assign=True)[0]
+    process_group = group_name(resolve_group(process_group))
+    return torch.ops.capi_kernels.sinkhorn(logits, n_iterations, eps, temperature, process_group, True)[0]
 
 
 @torch.no_grad()
@@ -221,40 +288,39 @@ def sinkhorn_potentials(
         float64). Only the product column * row is defined: a factor may move from one to the other.
     """
     _check(logits, n_iterations, eps, temperature)
-    process_group = resolve_group(process_group)
-    if logits.device.type != "cpu":
-        return reference.sinkhorn_potentials(
-            logits, n_iterations, eps, temperature=temperature, process_group=process_group
-        )
-    return _balanced(logits, n_iterations, eps, temperature, process_group, assign=False)[1]
+    process_group = group_name(resolve_group(process_group))
+    _, *potentials = torch.ops.capi_kernels.sinkhorn(logits, n_iterations, eps, temperature, process_group, False)
+    return Potentials(*potentials)
 
 
 @torch.no_grad()
 def assignments_from_potentials(
-    logits: Tensor, potentials: Potentials, *, temperature: float = 1.0
-) -> Float[Tensor, "*slices images prototypes"]:
+    logits: Tensor, potentials: Potentials, rows: Tensor | None = None, *, temperature: float = 1.0
+) -> Float[Tensor, "*rows prototypes"]:
     """Assignments exp((logits - column_max) / temperature) * column * row, of all rows or of chosen ones.
 
     Args:
-        logits: [..., images, prototypes]; of chosen rows, say [selected, 1, prototypes].
+        logits: [..., images, prototypes]; with `rows` [positions, images, prototypes].
         potentials: as from `sinkhorn_potentials`, of the same rows: column_max and column [..., prototypes], row
             [..., images].
+        rows: int32 or int64 [selected], image * positions + position of the rows wanted; None takes all.
         temperature: the one of the potentials.
 
     Returns:
-        Assignments [..., images, prototypes] in the dtype of the logits, without gradient.
+        Assignments [..., images, prototypes], with `rows` [selected, prototypes], in the dtype of the logits, without
+        gradient.
 
     Raises:
-        TypeError: logits that are not floating point.
-        ValueError: potentials of another shape, a temperature that is not positive and finite.
+        TypeError: logits that are not floating point, rows that are not int32 or int64.
+        ValueError: potentials of another shape, rows out of range (looked at on a CPU, uncompiled), a temperature that
+            is not positive and finite.
     """
-    check_tensor("logits", logits, "... images prototypes")
+    check_tensor("logits", logits, "... images prototypes" if rows is None else "positions images prototypes")
     check_positive(temperature=temperature)
     *slices, images, prototypes = logits.shape
-    column_max, column, row = potentials
-    for name, x, last in (("column_max", column_max, prototypes), ("column", column, prototypes), ("row", row, images)):
+    for name, x, last in zip(Potentials._fields, potentials, (prototypes, prototypes, images), strict=True):
         if tuple(x.shape) != (*slices, last):
             raise ValueError(f"{name} must have the shape {(*slices, last)}, got {tuple(x.shape)}")
-    E = logits.to(column.dtype) - column_max.unsqueeze(-2)
-    _exponential_(E, temperature)
-    return E.mul_(column.unsqueeze(-2) * math.exp(-HEADROOM)).mul_(row.unsqueeze(-1)).to(logits.dtype)
+    if rows is not None:
+        check_index("rows", rows, slices[0] * images, ("logits", logits))
+    return torch.ops.capi_kernels.assignments_from_potentials(logits, *potentials, rows, temperature)

@@ -23,7 +23,7 @@ def draw(*shape: int, std: float = 1.0, dtype: torch.dtype = torch.float32) -> T
     return (std * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
 
 
-@pytest.fixture(params=[1 << 8, 1 << 12, 1 << 22], ids=["row_blocks", "chunks", "one_chunk"])
+@pytest.fixture(params=[1 << 8, 1 << 12, 1 << 23], ids=["row_blocks", "chunks", "one_chunk"])
 def chunk_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Streams single rows, a few positions, everything at once."""
     monkeypatch.setattr(sinkhorn, "CHUNK_BYTES", request.param)
@@ -168,7 +168,7 @@ def test_no_gradient_and_no_autocast() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_memory_is_the_output_the_potentials_and_one_position(dtype: torch.dtype) -> None:
-    positions, images, prototypes = 6, 256, 4096
+    positions, images, prototypes = 3, 512, 4096  # 8 MiB a position
     logits = draw(positions, images, prototypes, dtype=dtype)
     position = 0 if dtype == torch.float32 else images * prototypes * 4
     potentials = positions * (2 * prototypes + images) * 4

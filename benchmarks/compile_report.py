@@ -1,0 +1,119 @@
+"""Registers, spills and shared memory of every default kernel configuration, compiled for GPUs that need not be here.
+
+    python benchmarks/compile_report.py                # writes benchmarks/results/compile.md
+    python benchmarks/compile_report.py --check 80 90  # writes nothing; fails on a spill
+
+A kernel file lists what its launchers launch as COMPILE_CASES: (name, kernel, arguments, options) and, where not every
+GPU gets it, the targets. `arguments` gives each parameter of the kernel its type ("*bf16", "i32", "fp32"; "i64?" is one
+that 16 need not divide) or its constexpr value, `options` what the compiler is told.
+"""
+
+import argparse
+import importlib
+import os
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+if os.environ.get("TRITON_INTERPRET", "0") != "0":
+    raise RuntimeError("the kernels cannot be compiled with TRITON_INTERPRET set")
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+MODULES = (
+    "sinkhorn_triton",
+    "clustering_triton",
+    "student_loss_triton",
+    "visible_attention_triton",
+    "masked_cross_attention_triton",
+    "_tiled_attention_triton",
+)
+TARGETS = (80, 90, 100)  # Compute capabilities times ten.
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+REPORT = Path(__file__).parent / "results/compile.md"
+
+
+class Usage(NamedTuple):
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+
+
+def usage(kernel, arguments: dict, options: dict, target: int) -> Usage:
+    """Compile one configuration and read what the assembler says of it."""
+    assert list(arguments) == kernel.arg_names, f"expected {kernel.arg_names}, got {list(arguments)}"
+    signature, constexprs, attributes = {}, {}, {}
+    for i, (name, value) in enumerate(arguments.items()):
+        if not isinstance(value, str):
+            signature[name], constexprs[i,] = "constexpr", value
+            continue
+        signature[name] = value.removesuffix("?")
+        if not value.endswith("?") and not value.startswith("fp"):
+            attributes[i,] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        dump = subprocess.run([CUOBJDUMP, "-res-usage", cubin.name], check=True, capture_output=True, text=True).stdout
+    fields = dict(field.split(":") for field in dump.splitlines()[-2 if not dump.splitlines()[-1] else -1].split())
+    return Usage(int(fields["REG"]), int(fields["STACK"]), compiled.metadata.shared)
+
+
+def row(module: str, index: int, targets: list[int]) -> tuple[str, list[str]]:
+    """A line of the table, and the spills in it."""
+    name, kernel, arguments, options, *only = importlib.import_module(f"capi_kernels.{module}").COMPILE_CASES[index]
+    cells, spills = [], []
+    for target in targets:
+        if only and target not in only[0]:
+            cells.append("")
+            continue
+        used = usage(kernel, arguments, options, target)
+        cells.append(f"{used.registers} / {used.spilled_bytes} / {used.shared_bytes / 1024:.1f}")
+        if used.spilled_bytes:
+            spills.append(f"{kernel.__name__} ({name}) on sm_{target}: {used.spilled_bytes} bytes")
+    return f"| {kernel.__name__} | {name} | {options['num_warps']} | " + " | ".join(cells) + " |", spills
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("targets", nargs="*", type=int, default=TARGETS, metavar="CAPABILITY")
+    parser.add_argument("--check", action="store_true", help="write no report")
+    parser.add_argument("--modules", nargs="+", default=MODULES, help="files of capi_kernels")
+    parser.add_argument("--every", type=int, default=1, help="take every Nth configuration of a file")
+    arguments = parser.parse_args()
+
+    lines = [
+        "# Compiled offline",
+        "",
+        f"Triton {triton.__version__}; registers a thread / bytes spilled a thread / KiB of shared memory a program.",
+        "Made by `python benchmarks/compile_report.py`.",
+        "",
+        "| kernel | configuration | warps | " + " | ".join(f"sm_{target}" for target in arguments.targets) + " |",
+        "|---|---|---|" + "---|" * len(arguments.targets),
+    ]
+    spills = []
+    with ProcessPoolExecutor() as pool:
+        rows = [
+            pool.submit(row, module, index, arguments.targets)
+            for module in arguments.modules
+            for index in range(0, len(importlib.import_module(f"capi_kernels.{module}").COMPILE_CASES), arguments.every)
+        ]
+        for future in rows:
+            line, spilled = future.result()
+            lines.append(line)
+            spills += spilled
+            print(line, flush=True)
+    if not arguments.check:
+        REPORT.write_text("\n".join(lines) + "\n")
+    if spills:
+        sys.exit("spills: " + "; ".join(spills))
+
+
+if __name__ == "__main__":
+    main()

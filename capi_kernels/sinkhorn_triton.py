@@ -1,0 +1,667 @@
+"""Position-wise Sinkhorn in Triton: each iteration reads the logits once and writes potentials alone.
+
+    M = E c a, E = exp((logits - column_max) / temperature)
+    c <- c / (column sums of M + eps), a <- a / (row sums of M + eps)
+
+Columns form: a program holds all images of a block of prototypes, so column sums are its own; row sums leave in parts,
+one per block, which the next kernel adds in a fixed order. Rows form, for images spread over processes or too many for
+a block: a program holds whole rows, so row sums are its own; the column sums of the next iteration leave in parts, and
+the last row sums fall to the pass that reads the rows anyway. Never written: E or M, but for the assignments.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
+from typing import no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.distributed import ProcessGroup, ReduceOp, all_reduce
+from triton import next_power_of_2
+
+from capi_kernels.reference import SHIFT, Potentials
+
+MOST_IMAGES_IN_BLOCK = 512
+MOST_PROTOTYPES = 1 << 20  # A row is one block, and Triton's blocks end here.
+CHUNKS_IN_FLIGHT = 4  # Of the positions: while one is all-reduced the next is computed.
+RESCALE_EVERY = 4  # Iterations; each can move a factor of prototypes / images from the rows to the columns.
+ROW_LIMIT = torch.finfo(torch.float32).max ** 0.8
+
+LOG2_E = math.log2(math.e)
+COMPILER = {"enable_fp_fusion": True}  # Every product here is summed in float32 right away.
+
+
+def columns_config(images: int, prototypes: int, itemsize: int, capability: int) -> dict[str, int | bool]:
+    """64 elements a thread of 16-bit logits (two programs of 8 warps fit in a multiprocessor), 32 of 32-bit ones."""
+    block_images = next_power_of_2(images)
+    block_prototypes = min(next_power_of_2(prototypes), max(32, min(256, 16384 // block_images)))
+    tiles = min(4, triton.cdiv(prototypes, block_prototypes))
+    even = images == block_images and prototypes % (tiles * block_prototypes) == 0
+    warps = max(1, block_images * block_prototypes * itemsize // 4096)
+    config = {"BLOCK_IMAGES": block_images, "BLOCK_PROTOTYPES": block_prototypes, "TILES": tiles, "EVEN": even}
+    config |= {"STAGES": 2, "num_warps": warps, **COMPILER}
+    # What keeps the assembler from spilling, which it does of its own accord at times.
+    return config | {"maxnreg": 128 if capability < 10 else 160} if even and warps == 8 else config
+
+
+def first_sums_config(images: int, prototypes: int, itemsize: int) -> dict[str, int | bool]:
+    block_images, block_prototypes = min(64, next_power_of_2(images)), min(64, next_power_of_2(prototypes))
+    even = images % block_images == 0 and prototypes % block_prototypes == 0
+    config = {"BLOCK_IMAGES": block_images, "BLOCK_PROTOTYPES": block_prototypes, "EVEN": even}
+    return config | {"STAGES": 3 if itemsize == 2 else 2, "num_warps": 8, **COMPILER}
+
+
+def rows_config(prototypes: int) -> dict[str, int | bool]:
+    """A row is one block: up to 32 elements a thread and no spills to 16384 prototypes, which is what CAPI has."""
+    block = next_power_of_2(prototypes)
+    warps = min(32, max(4, block // 1024))
+    return {"BLOCK_PROTOTYPES": block, "EVEN": prototypes == block, "num_warps": warps, **COMPILER}
+
+
+def row_step_config(prototypes: int, itemsize: int) -> dict[str, int | bool]:
+    """The next row is loaded ahead where it fits in the registers."""
+    config = rows_config(prototypes)
+    if itemsize == 4 and config["num_warps"] == 16:
+        config["num_warps"] = 8
+    return {"ROWS": 32, "PREFETCH": config["EVEN"] and itemsize == 2, **config}
+
+
+def reduce_config(parts: int, length: int) -> dict[str, int]:
+    blocks = {"BLOCK_PARTS": min(64, next_power_of_2(parts)), "BLOCK": min(64, next_power_of_2(length))}
+    return {**blocks, "num_warps": 4, **COMPILER}
+
+
+@triton.jit
+@no_type_check
+def exponentials(logits, column_max, log2_scale):
+    # The difference first: scaled logits would lose what tells them from a large maximum.
+    return tl.exp2((logits.to(tl.float32) - column_max) * log2_scale)
+
+
+@triton.jit
+@no_type_check
+def column_step_kernel(
+    logits_ptr,
+    column_max_ptr,
+    column_ptr,
+    row_ptr,
+    row_parts_ptr,
+    images,
+    prototypes,
+    logits_stride_position,
+    logits_stride_image,
+    logits_stride_prototype,
+    log2_scale,
+    eps,
+    FIRST: tl.constexpr,
+    ROW_SUMS: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_IMAGES: tl.constexpr,
+    BLOCK_PROTOTYPES: tl.constexpr,
+    TILES: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One program per (position, TILES blocks of prototypes): their potentials, and what they add to the row sums."""
+    programs = tl.cdiv(prototypes, BLOCK_PROTOTYPES * TILES)
+    position = (tl.program_id(0) // programs).to(tl.int64)
+    part = tl.program_id(0) % programs
+    offs_image = tl.arange(0, BLOCK_IMAGES)
+    mask_image = (offs_image < images) | EVEN
+    row = tl.load(row_ptr + position * images + offs_image, mask=mask_image, other=0.0)
+    row_sum = tl.zeros([BLOCK_IMAGES], tl.float32)
+    logits_ptrs = (
+        logits_ptr + position * logits_stride_position + offs_image.to(tl.int64)[:, None] * logits_stride_image
+    )
+    for tile in tl.range(TILES, num_stages=STAGES):
+        offs_prototype = (part * TILES + tile) * BLOCK_PROTOTYPES + tl.arange(0, BLOCK_PROTOTYPES)
+        mask_prototype = (offs_prototype < prototypes) | EVEN
+        logits = tl.load(
+            logits_ptrs + offs_prototype.to(tl.int64)[None, :] * logits_stride_prototype,
+            mask=mask_image[:, None] & mask_prototype[None, :],
+            other=float("-inf"),
+        )  # [BLOCK_IMAGES, BLOCK_PROTOTYPES]
+        offs_column = position * prototypes + offs_prototype
+        if FIRST:
+            column_max = tl.max(logits, 0).to(tl.float32)
+            tl.store(column_max_ptr + offs_column, column_max, mask=mask_prototype)
+        else:
+            column_max = tl.load(column_max_ptr + offs_column, mask=mask_prototype, other=0.0)
+        # Padding only: a prototype at -inf for every image must make its position NaN, as in the reference.
+        column_max = tl.where(mask_prototype, column_max, 0.0)
+        column = tl.load(column_ptr + offs_column, mask=mask_prototype, other=0.0)
+        E = exponentials(logits, column_max[None, :], log2_scale)
+        column = column / (column * tl.sum(E * row[:, None], 0) + eps)
+        tl.store(column_ptr + offs_column, column, mask=mask_prototype)
+        if ROW_SUMS:
+            row_sum += tl.sum(E * tl.where(mask_prototype, column, 0.0)[None, :], 1)
+    if ROW_SUMS:
+        offs_part = tl.program_id(0).to(tl.int64) * images + offs_image
+        tl.store(row_parts_ptr + offs_part, row * row_sum, mask=mask_image)
+
+
+@triton.jit
+@no_type_check
+def first_column_sums_kernel(
+    logits_ptr,
+    column_max_ptr,
+    column_sum_ptr,
+    images,
+    prototypes,
+    logits_stride_position,
+    logits_stride_image,
+    logits_stride_prototype,
+    log2_scale,
+    EVEN: tl.constexpr,
+    BLOCK_IMAGES: tl.constexpr,
+    BLOCK_PROTOTYPES: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One program per (position, block of prototypes): the maxima over all images and the sums of E, online."""
+    programs = tl.cdiv(prototypes, BLOCK_PROTOTYPES)
+    position = (tl.program_id(0) // programs).to(tl.int64)
+    offs_prototype = tl.program_id(0) % programs * BLOCK_PROTOTYPES + tl.arange(0, BLOCK_PROTOTYPES)
+    mask_prototype = (offs_prototype < prototypes) | EVEN
+    column_max = tl.full([BLOCK_PROTOTYPES], float("-inf"), tl.float32)
+    column_sum = tl.zeros([BLOCK_PROTOTYPES], tl.float32)
+    logits_ptrs = logits_ptr + position * logits_stride_position
+    logits_ptrs += offs_prototype.to(tl.int64)[None, :] * logits_stride_prototype
+    for start in tl.range(0, images, BLOCK_IMAGES, num_stages=STAGES):
+        offs_image = start + tl.arange(0, BLOCK_IMAGES)
+        logits = tl.load(
+            logits_ptrs + offs_image.to(tl.int64)[:, None] * logits_stride_image,
+            mask=((offs_image < images) | EVEN)[:, None] & mask_prototype[None, :],
+            other=float("-inf"),
+        )  # [BLOCK_IMAGES, BLOCK_PROTOTYPES]
+        new_max = tl.maximum(column_max, tl.max(logits, 0).to(tl.float32))
+        # Images so far may all be at -inf where later ones, or those of other processes, are not.
+        base = tl.where(new_max == float("-inf"), 0.0, new_max)
+        column_sum *= exponentials(column_max, base, log2_scale)
+        column_sum += tl.sum(exponentials(logits, base[None, :], log2_scale), 0)
+        column_max = new_max
+    offs_column = position * prototypes + offs_prototype
+    tl.store(column_max_ptr + offs_column, column_max, mask=mask_prototype)
+    tl.store(column_sum_ptr + offs_column, column_sum, mask=mask_prototype)
+
+
+@triton.jit
+@no_type_check
+def load_row(
+    logits_ptr, prototypes, stride_prototype, EVEN: tl.constexpr, BLOCK_PROTOTYPES: tl.constexpr
+):  # [BLOCK_PROTOTYPES]
+    """The logits of one image, -inf beyond the last prototype."""
+    offs = tl.arange(0, BLOCK_PROTOTYPES)
+    mask = (offs < prototypes) | EVEN
+    # Past the first-level cache, which is to keep the column potentials for the next image.
+    logits_ptrs = logits_ptr + offs.to(tl.int64) * stride_prototype
+    return tl.load(logits_ptrs, mask=mask, other=float("-inf"), cache_modifier=".cg")
+
+
+@triton.jit
+@no_type_check
+def row_exponentials(
+    logits,
+    column_max_ptr,
+    column_ptr,
+    position,
+    prototypes,
+    log2_scale,
+    EVEN: tl.constexpr,
+    BLOCK_PROTOTYPES: tl.constexpr,
+):  # [BLOCK_PROTOTYPES]
+    """E c of one image, from its logits."""
+    offs = tl.arange(0, BLOCK_PROTOTYPES)
+    mask = (offs < prototypes) | EVEN
+    column_max = tl.load(column_max_ptr + position * prototypes + offs, mask=mask, other=0.0)
+    column = tl.load(column_ptr + position * prototypes + offs, mask=mask, other=0.0)
+    return exponentials(logits, column_max, log2_scale) * column
+
+
+@triton.jit
+@no_type_check
+def updated(potential, total, eps, limit):
+    # A row without any mass gains 1 / eps each time; inf would turn its zeros to NaN.
+    return tl.minimum(potential / (total + eps), limit, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+@no_type_check
+def row_step_kernel(
+    logits_ptr,
+    column_max_ptr,
+    column_ptr,
+    row_ptr,
+    column_parts_ptr,
+    images,
+    prototypes,
+    logits_stride_position,
+    logits_stride_image,
+    logits_stride_prototype,
+    log2_scale,
+    eps,
+    limit,
+    COLUMN_SUMS: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    EVEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_PROTOTYPES: tl.constexpr,
+):
+    """One program per (position, ROWS images): their potentials, and what they add to the next column sums of M."""
+    programs = tl.cdiv(images, ROWS)
+    position = (tl.program_id(0) // programs).to(tl.int64)
+    first = tl.program_id(0) % programs * ROWS
+    last = min(first + ROWS, images)
+    logits_ptr += position * logits_stride_position
+    row_ptr += position * images
+    column_sum = tl.zeros([BLOCK_PROTOTYPES], tl.float32)
+    if PREFETCH:
+        next_ptr = logits_ptr + tl.cast(first, tl.int64) * logits_stride_image
+        next_logits = load_row(next_ptr, prototypes, logits_stride_prototype, EVEN, BLOCK_PROTOTYPES)
+    for image in range(first, last):
+        if PREFETCH:
+            logits = next_logits
+            # In flight while this image is computed; the last one, for want of a next, once more.
+            next_ptr = logits_ptr + tl.cast(min(image + 1, last - 1), tl.int64) * logits_stride_image
+            next_logits = load_row(next_ptr, prototypes, logits_stride_prototype, EVEN, BLOCK_PROTOTYPES)
+        else:
+            image_ptr = logits_ptr + tl.cast(image, tl.int64) * logits_stride_image
+            logits = load_row(image_ptr, prototypes, logits_stride_prototype, EVEN, BLOCK_PROTOTYPES)
+        E = row_exponentials(
+            logits, column_max_ptr, column_ptr, position, prototypes, log2_scale, EVEN, BLOCK_PROTOTYPES
+        )
+        row = tl.load(row_ptr + image)
+        row = updated(row, row * tl.sum(E, 0), eps, limit)
+        tl.store(row_ptr + image, row)
+        column_sum += row * E
+    if COLUMN_SUMS:
+        offs = tl.arange(0, BLOCK_PROTOTYPES)
+        offs_part = tl.program_id(0).to(tl.int64) * prototypes + offs
+        tl.store(column_parts_ptr + offs_part, column_sum, mask=offs < prototypes)
+
+
+@triton.jit
+@no_type_check
+def reduce_kernel(
+    parts_ptr,
+    out_ptr,
+    parts,
+    length,
+    eps,
+    limit,
+    UPDATE: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per (position, block): the sums of all parts, or the potentials `out` updated by them."""
+    programs = tl.cdiv(length, BLOCK)
+    position = (tl.program_id(0) // programs).to(tl.int64)
+    offs = tl.program_id(0) % programs * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < length
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, parts, BLOCK_PARTS):
+        offs_part = start + tl.arange(0, BLOCK_PARTS)
+        part_ptrs = parts_ptr + (position * parts + offs_part)[:, None] * length + offs[None, :]
+        total += tl.sum(tl.load(part_ptrs, mask=(offs_part < parts)[:, None] & mask[None, :], other=0.0), 0)
+    out_ptrs = out_ptr + position * length + offs
+    if UPDATE:
+        total = updated(tl.load(out_ptrs, mask=mask, other=1.0), total, eps, limit)
+    tl.store(out_ptrs, total, mask=mask)
+
+
+@triton.jit
+@no_type_check
+def assignments_kernel(
+    logits_ptr,
+    column_max_ptr,
+    column_ptr,
+    row_ptr,
+    rows_ptr,
+    out_ptr,
+    positions,
+    images,
+    prototypes,
+    logits_stride_position,
+    logits_stride_image,
+    logits_stride_prototype,
+    out_stride_position,
+    out_stride_image,
+    out_stride_prototype,
+    log2_scale,
+    eps,
+    limit,
+    UPDATE_ROW: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_PROTOTYPES: tl.constexpr,
+):
+    """One program per row: of all rows, or of those in `rows`, image * positions + position each."""
+    if rows_ptr is None:
+        position = (tl.program_id(0) // images).to(tl.int64)
+        image = (tl.program_id(0) % images).to(tl.int64)
+        out_ptr += position * out_stride_position + image * out_stride_image
+    else:
+        chosen = tl.load(rows_ptr + tl.program_id(0)).to(tl.int64)
+        position = chosen % positions
+        image = chosen // positions
+        out_ptr += tl.program_id(0).to(tl.int64) * out_stride_position
+    logits_ptr += position * logits_stride_position + image * logits_stride_image
+    logits = load_row(logits_ptr, prototypes, logits_stride_prototype, EVEN, BLOCK_PROTOTYPES)
+    M = row_exponentials(logits, column_max_ptr, column_ptr, position, prototypes, log2_scale, EVEN, BLOCK_PROTOTYPES)
+    row = tl.load(row_ptr + position * images + image)
+    if UPDATE_ROW:
+        row = updated(row, row * tl.sum(M, 0), eps, limit)
+        tl.store(row_ptr + position * images + image, row)
+    offs = tl.arange(0, BLOCK_PROTOTYPES)
+    out = (M * row).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + offs.to(tl.int64) * out_stride_prototype, out, mask=offs < prototypes)
+
+
+def check_supported(name: str, dtype: torch.dtype, prototypes: int) -> None:
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise TypeError(f"on a GPU {name} must be torch.float16, torch.bfloat16 or torch.float32, got {dtype}")
+    if prototypes > MOST_PROTOTYPES:
+        raise ValueError(f"on a GPU there must be at most {MOST_PROTOTYPES} prototypes, got {prototypes}")
+
+
+def capability(device: torch.device) -> int:
+    """The major compute capability; that of an H100 for the interpreter."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+
+
+def log2_scale(temperature: float) -> float:
+    return LOG2_E / temperature
+
+
+def new_potentials(positions: int, images: int, prototypes: int, device: torch.device) -> Potentials:
+    """Those before the first iteration; the maxima are yet to be found."""
+    column_max, column, row = (
+        torch.empty((positions, n), dtype=torch.float32, device=device) for n in (prototypes, prototypes, images)
+    )
+    return Potentials(column_max, column.fill_(math.exp(SHIFT)), row.fill_(1))
+
+
+def _rescale_every_few(column: Tensor, iteration: int) -> Tensor | None:
+    """A factor [positions, 1] that the columns hand to the rows before either overflows: only their product matters."""
+    if iteration % RESCALE_EVERY < RESCALE_EVERY - 1:
+        return None
+    scale = column.amax(-1, keepdim=True)
+    column.div_(scale)
+    return scale
+
+
+def reduce_parts(parts: Tensor, out: Tensor, eps: float, update: bool) -> None:
+    positions, n, length = parts.shape
+    config = reduce_config(n, length)
+    grid = (positions * triton.cdiv(length, config["BLOCK"]),)
+    reduce_kernel[grid](parts, out, n, length, eps, ROW_LIMIT, UPDATE=update, **config)
+
+
+def balance_columns(
+    logits: Tensor, potentials: Potentials, n_iterations: int, eps: float, temperature: float, last_row: bool
+) -> None:
+    """`balance` where the images of a position fit in a block."""
+    positions, images, prototypes = logits.shape
+    column_max, column, row = potentials
+    config = columns_config(images, prototypes, logits.itemsize, capability(logits.device))
+    parts = triton.cdiv(prototypes, config["BLOCK_PROTOTYPES"] * config["TILES"])
+    row_parts = torch.empty((positions, parts, images), dtype=torch.float32, device=logits.device)
+    for iteration in range(n_iterations):
+        row_sums = last_row or iteration < n_iterations - 1
+        column_step_kernel[(positions * parts,)](
+            logits,
+            column_max,
+            column,
+            row,
+            row_parts,
+            images,
+            prototypes,
+            *logits.stride(),
+            log2_scale(temperature),
+            eps,
+            FIRST=iteration == 0,
+            ROW_SUMS=row_sums,
+            **config,
+        )
+        if row_sums:
+            reduce_parts(row_parts, row, eps, update=True)
+        scale = _rescale_every_few(column, iteration)
+        if scale is not None:
+            row.mul_(scale).clamp_(max=ROW_LIMIT)
+
+
+def first_column_sums(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Maxima over images and the sums of exp((logits - maximum) / temperature), [positions, prototypes] each."""
+    positions, images, prototypes = logits.shape
+    column_max, column_sum = (
+        torch.empty((positions, prototypes), dtype=torch.float32, device=logits.device) for _ in range(2)
+    )
+    config = first_sums_config(images, prototypes, logits.itemsize)
+    grid = (positions * triton.cdiv(prototypes, config["BLOCK_PROTOTYPES"]),)
+    first_column_sums_kernel[grid](
+        logits, column_max, column_sum, images, prototypes, *logits.stride(), log2_scale(temperature), **config
+    )
+    return column_max, column_sum
+
+
+def row_step(
+    logits: Tensor, potentials: Potentials, eps: float, temperature: float, column_sums: bool = True
+) -> Tensor | None:
+    """Update the rows in place; the column sums of M with them, [positions, prototypes]."""
+    positions, images, prototypes = logits.shape
+    config = row_step_config(prototypes, logits.itemsize)
+    n = triton.cdiv(images, config["ROWS"])
+    parts = torch.empty((positions, n, prototypes), dtype=torch.float32, device=logits.device) if column_sums else None
+    row_step_kernel[(positions * n,)](
+        logits,
+        *potentials,
+        parts,
+        images,
+        prototypes,
+        *logits.stride(),
+        log2_scale(temperature),
+        eps,
+        ROW_LIMIT,
+        COLUMN_SUMS=column_sums,
+        **config,
+    )
+    if not column_sums:
+        return None
+    sums = torch.empty((positions, prototypes), dtype=torch.float32, device=logits.device)
+    reduce_parts(parts, sums, eps, update=False)
+    return sums
+
+
+class _Reduction:
+    """An all-reduce under way; nothing without a group."""
+
+    def __init__(self, x: Tensor, op: ReduceOp.RedOpType, process_group: ProcessGroup | None):
+        self.x = x
+        self.work = None if process_group is None else all_reduce(x, op, process_group, async_op=True)
+
+    def wait(self) -> Tensor:
+        if self.work is not None:
+            self.work.wait()
+        return self.x
+
+
+def balance_rows(
+    chunks: Sequence[Iterable[tuple[Tensor, Tensor]]],
+    columns: Sequence[tuple[Tensor, Tensor]],
+    n_iterations: int,
+    eps: float,
+    temperature: float,
+    process_group: ProcessGroup | None,
+) -> None:
+    """All iterations but the last update of the rows; each pass reads every chunk once, `n_iterations` passes in all.
+
+    A chunk yields, every time, its logits [positions, images, prototypes] and rows [positions, images], in one block of
+    images or several; `columns` are the chunks' column_max and column. While one is all-reduced the next is computed.
+    """
+    firsts, reductions = [], []
+    for blocks, (column_max, _) in zip(chunks, columns, strict=True):
+        first = [first_column_sums(logits, temperature) for logits, _ in blocks]
+        column_max.copy_(reduce(torch.maximum, (block_max for block_max, _ in first)))
+        firsts.append(first)
+        reductions.append(_Reduction(column_max, ReduceOp.MAX, process_group))
+    for chunk, (first, (column_max, column)) in enumerate(zip(firsts, columns, strict=True)):
+        reductions[chunk].wait()
+        sums = (total * ((block_max - column_max) / temperature).exp_() for block_max, total in first)
+        reductions[chunk] = _Reduction(column * reduce(torch.add, sums), ReduceOp.SUM, process_group)
+    for iteration in range(n_iterations):
+        for chunk, (blocks, (column_max, column)) in enumerate(zip(chunks, columns, strict=True)):
+            column.div_(reductions[chunk].wait().add_(eps))
+            if iteration == n_iterations - 1:
+                continue
+            scale = _rescale_every_few(column, iteration)
+            sums = []
+            for logits, row in blocks:
+                if scale is not None:
+                    row.mul_(scale).clamp_(max=ROW_LIMIT)
+                sums.append(row_step(logits, Potentials(column_max, column, row), eps, temperature))
+            reductions[chunk] = _Reduction(reduce(torch.add, sums), ReduceOp.SUM, process_group)
+
+
+def balance(
+    logits: Tensor,
+    potentials: Potentials,
+    n_iterations: int,
+    eps: float,
+    temperature: float,
+    process_group: ProcessGroup | None,
+    last_row: bool,
+) -> None:
+    """All iterations on [positions, images, prototypes] logits; without `last_row` not the last update of the rows."""
+    images = logits.shape[1]
+    if process_group is None and images <= MOST_IMAGES_IN_BLOCK:
+        balance_columns(logits, potentials, n_iterations, eps, temperature, last_row)
+        return
+    n_chunks = 1 if process_group is None else CHUNKS_IN_FLIGHT
+    column_max, column, row = (x.chunk(n_chunks) for x in potentials)
+    chunks = [[block] for block in zip(logits.chunk(n_chunks), row, strict=True)]
+    columns = list(zip(column_max, column, strict=True))
+    balance_rows(chunks, columns, n_iterations, eps, temperature, process_group)
+    if last_row:
+        row_step(logits, potentials, eps, temperature, column_sums=False)
+
+
+def write_assignments(
+    logits: Tensor,
+    potentials: Potentials,
+    out: Tensor,
+    temperature: float,
+    *,
+    rows: Tensor | None = None,
+    eps: float = 0.0,
+    update_row: bool = False,
+) -> None:
+    """Write assignments of all rows to `out` [positions, images, prototypes], after the rows' last update if it is due.
+
+    With `rows` (image * positions + position), of these alone, to `out` [selected, prototypes].
+    """
+    positions, images, prototypes = logits.shape
+    assert rows is None or not update_row, "a row chosen twice would be updated twice"
+    out_strides = out.stride() if rows is None else (out.stride(0), 0, out.stride(1))
+    assignments_kernel[(out.numel() // prototypes,)](
+        logits,
+        *potentials,
+        rows,
+        out,
+        positions,
+        images,
+        prototypes,
+        *logits.stride(),
+        *out_strides,
+        log2_scale(temperature),
+        eps,
+        ROW_LIMIT,
+        UPDATE_ROW=update_row,
+        **rows_config(prototypes),
+    )
+
+
+def _positions_first(logits: Tensor) -> Tensor:
+    """[positions, images, prototypes] of any leading axes: a view but where their strides cannot be merged."""
+    return logits.reshape(math.prod(logits.shape[:-2]), *logits.shape[-2:])
+
+
+def balanced(
+    logits: Tensor,
+    n_iterations: int,
+    eps: float,
+    temperature: float,
+    process_group: ProcessGroup | None,
+    assign: bool,
+) -> tuple[Tensor | None, Potentials]:
+    """The assignments of [..., images, prototypes] logits, if wanted, and their potentials."""
+    check_supported("logits", logits.dtype, logits.shape[-1])
+    slices, z = logits.shape[:-2], _positions_first(logits)
+    potentials = new_potentials(*z.shape, logits.device)
+    balance(z, potentials, n_iterations, eps, temperature, process_group, last_row=not assign)
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if assign else None
+    if assign:
+        write_assignments(z, potentials, out.view(z.shape), temperature, eps=eps, update_row=True)
+    return out, Potentials(*(x.view(*slices, x.shape[-1]) for x in potentials))
+
+
+def assignments(logits: Tensor, potentials: Potentials, rows: Tensor | None, temperature: float) -> Tensor:
+    """Those of all rows of [..., images, prototypes] logits, or of chosen ones of [positions, images, prototypes]."""
+    check_supported("logits", logits.dtype, logits.shape[-1])
+    z = _positions_first(logits)
+    shape = logits.shape if rows is None else (len(rows), logits.shape[-1])
+    out = torch.empty(shape, dtype=logits.dtype, device=logits.device)
+    potentials = Potentials(*(x.float().contiguous() for x in potentials))
+    rows = rows if rows is None else rows.contiguous()
+    write_assignments(z, potentials, out.view(z.shape) if rows is None else out, temperature, rows=rows)
+    return out
+
+
+STRIDE_TYPES = {"logits_stride_position": "i32", "logits_stride_image": "i32", "logits_stride_prototype": 1}
+TYPES = {"images": "i32", "prototypes": "i32", "log2_scale": "fp32", "eps": "fp32", "limit": "fp32"}
+TYPES |= {"column_max_ptr": "*fp32", "column_ptr": "*fp32", "row_ptr": "*fp32"}
+
+
+def compile_case(name: str, kernel: Callable, types: dict, config: dict, *targets: tuple[int, ...]) -> tuple:
+    """One configuration for benchmarks/compile_report.py: each parameter's type or value, in the kernel's order."""
+    given = types | config
+    options = {key: value for key, value in config.items() if key not in kernel.arg_names}
+    return name, kernel, {parameter: given[parameter] for parameter in kernel.arg_names}, options, *targets
+
+
+def _compile_cases() -> list[tuple]:
+    """What is launched at the sizes of the paper and at the edges of each form."""
+    cases = []
+    common = TYPES | STRIDE_TYPES
+    for dtype in ("*bf16", "*fp16", "*fp32"):
+        types, itemsize = common | {"logits_ptr": dtype}, 4 if dtype == "*fp32" else 2
+        for images, prototypes in ((512, 16384), (500, 16384), (128, 4096), (128, 1000), (16, 1024)):
+            name = f"{dtype[1:]}, {images} images, {prototypes} prototypes"
+            configs = {target: columns_config(images, prototypes, itemsize, target // 10) for target in (80, 90, 100)}
+            for first, row_sums in ((True, True), (False, True), (False, False)):
+                step = types | {"row_parts_ptr": "*fp32", "FIRST": first, "ROW_SUMS": row_sums}
+                what = f"{name}, {'first' if first else 'later'}{', row sums' if row_sums else ''}"
+                for config in (configs[90], configs[100]) if configs[90] != configs[100] else (configs[90],):
+                    targets = tuple(target for target in configs if configs[target] == config)
+                    cases.append(compile_case(what, column_step_kernel, step, config, targets))
+        for prototypes in (16384, 16000, 4096, 1000):
+            name = f"{dtype[1:]}, {prototypes} prototypes"
+            first = types | {"column_sum_ptr": "*fp32"}
+            cases.append(
+                compile_case(name, first_column_sums_kernel, first, first_sums_config(512, prototypes, itemsize))
+            )
+            for sums in (True, False):
+                step = types | {"column_parts_ptr": "*fp32", "COLUMN_SUMS": sums}
+                what = f"{name}{', column sums' if sums else ''}"
+                cases.append(compile_case(what, row_step_kernel, step, row_step_config(prototypes, itemsize)))
+            for rows, update in ((None, True), (None, False), ("*i64", False)):
+                out = {"out_ptr": dtype, "out_stride_position": "i32", "out_stride_image": "i32"}
+                out |= {"out_stride_prototype": 1, "positions": "i32", "rows_ptr": rows, "UPDATE_ROW": update}
+                what = f"{name}{', last row sums' if update else ''}{', chosen rows' if rows else ''}"
+                cases.append(compile_case(what, assignments_kernel, types | out, rows_config(prototypes)))
+    for update in (True, False):
+        types = common | {"parts_ptr": "*fp32", "out_ptr": "*fp32", "parts": "i32", "length": "i32", "UPDATE": update}
+        what = "row potentials" if update else "column sums"
+        cases.append(compile_case(what, reduce_kernel, types, reduce_config(128, 512)))
+    return cases
+
+
+COMPILE_CASES = _compile_cases()

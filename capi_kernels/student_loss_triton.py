@@ -1,0 +1,133 @@
+"""The student's loss in Triton: one pass over the rows reads logits and targets and writes the gradient.
+
+    loss_i = sum(t) log sum exp(z) - sum(t z), z = (logits - their maximum) / temperature
+    dz = softmax(z) sum(t) - t
+
+Never written: the softmax, or targets that are made of the teacher's logits and their potentials.
+"""
+
+from typing import no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from capi_kernels.clustering_triton import soft_cross_entropy
+from capi_kernels.reference import Potentials
+from capi_kernels.sinkhorn_triton import (
+    TYPES,
+    check_supported,
+    compile_case,
+    load_row,
+    log2_scale,
+    row_exponentials,
+    rows_config,
+)
+
+
+@triton.jit
+@no_type_check
+def student_rows_kernel(
+    logits_ptr,
+    targets_ptr,
+    column_max_ptr,
+    column_ptr,
+    row_ptr,
+    rows_ptr,
+    loss_ptr,
+    dz_ptr,
+    positions,
+    images,
+    prototypes,
+    logits_stride_row,
+    logits_stride_prototype,
+    targets_stride_position,
+    targets_stride_image,
+    targets_stride_prototype,
+    target_log2_scale,
+    log2_scale,
+    temperature,
+    EVEN: tl.constexpr,
+    BLOCK_PROTOTYPES: tl.constexpr,
+):
+    """One program per prediction; with `rows` (image * positions + position) `targets` are the teacher's logits."""
+    index = tl.program_id(0).to(tl.int64)
+    offs = tl.arange(0, BLOCK_PROTOTYPES)
+    mask = (offs < prototypes) | EVEN
+    logits_ptr += index * logits_stride_row
+    logits = load_row(logits_ptr, prototypes, logits_stride_prototype, EVEN, BLOCK_PROTOTYPES)
+    if rows_ptr is None:
+        targets_ptrs = targets_ptr + index * targets_stride_image + offs.to(tl.int64) * targets_stride_prototype
+        targets = tl.load(targets_ptrs, mask=mask, other=0.0).to(tl.float32)
+    else:
+        chosen = tl.load(rows_ptr + index).to(tl.int64)
+        position = chosen % positions
+        image = chosen // positions
+        targets_ptr += position * targets_stride_position + image * targets_stride_image
+        teacher = load_row(targets_ptr, prototypes, targets_stride_prototype, EVEN, BLOCK_PROTOTYPES)
+        M = row_exponentials(
+            teacher, column_max_ptr, column_ptr, position, prototypes, target_log2_scale, EVEN, BLOCK_PROTOTYPES
+        )
+        targets = M * tl.load(row_ptr + position * images + image)
+    loss, dz = soft_cross_entropy(logits, targets, log2_scale, temperature, mask)
+    tl.store(loss_ptr + index, loss)
+    tl.store(dz_ptr + index * prototypes + offs, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+
+
+def student_loss(
+    logits: Tensor,
+    targets: Tensor,
+    potentials: Potentials | None,
+    rows: Tensor | None,
+    target_temperature: float,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """The mean loss in float32, and the gradient of the sum of losses in z, in the dtype of the logits."""
+    predicted, prototypes = logits.shape
+    check_supported("logits", logits.dtype, prototypes)
+    loss = torch.empty((predicted,), dtype=torch.float32, device=logits.device)
+    dz = torch.empty((predicted, prototypes), dtype=logits.dtype, device=logits.device)
+    if rows is None:
+        targets = targets.unsqueeze(0)
+    else:
+        potentials, rows = Potentials(*(x.float().contiguous() for x in potentials)), rows.contiguous()
+    positions, images, _ = targets.shape
+    student_rows_kernel[(predicted,)](
+        logits,
+        targets,
+        *(potentials or (None, None, None)),
+        rows,
+        loss,
+        dz,
+        positions,
+        images,
+        prototypes,
+        *logits.stride(),
+        *targets.stride(),
+        log2_scale(target_temperature),
+        log2_scale(temperature),
+        temperature,
+        **rows_config(prototypes),
+    )
+    return loss.mean(), dz
+
+
+def _compile_cases() -> list[tuple]:
+    cases = []
+    types = TYPES | {"positions": "i32", "target_log2_scale": "fp32", "temperature": "fp32", "loss_ptr": "*fp32"}
+    types |= {f"{name}_stride_{axis}": "i32" for name in ("logits", "targets") for axis in ("row", "position", "image")}
+    types |= {"logits_stride_prototype": 1, "targets_stride_prototype": 1}
+    given = dict.fromkeys(("column_max_ptr", "column_ptr", "row_ptr", "rows_ptr"))
+    for dtype in ("bf16", "fp16", "fp32"):
+        for prototypes in (16384, 16000, 4096, 1000):
+            config, name = rows_config(prototypes), f"{dtype}, {prototypes} prototypes"
+            types |= {"logits_ptr": f"*{dtype}", "dz_ptr": f"*{dtype}"}
+            stored = types | {"targets_ptr": "*fp32"} | given
+            made = types | {"targets_ptr": f"*{dtype}", "rows_ptr": "*i64"}
+            cases.append(compile_case(f"{name}, targets given", student_rows_kernel, stored, config))
+            cases.append(compile_case(f"{name}, targets of potentials", student_rows_kernel, made, config))
+    return cases
+
+
+COMPILE_CASES = _compile_cases()

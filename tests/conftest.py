@@ -1,0 +1,48 @@
+"""Where there is no GPU, Triton kernels run in its interpreter on CPU tensors; their outputs start as NaN, guarded."""
+
+import math
+import os
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+collect_ignore_glob = [] if find_spec("triton") else ["*_triton.py"]
+GUARD = 1024  # Elements on both sides of every new tensor.
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def guarded_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torch.empty and empty_like give NaN between guards that must be untouched at the end of the test."""
+    empty, buffers = torch.empty, []
+
+    def guarded(*size, dtype=None, device=None) -> torch.Tensor:
+        dtype = dtype or torch.get_default_dtype()
+        assert dtype.is_floating_point
+        size = tuple(size[0]) if size and not isinstance(size[0], int) else size
+        count = math.prod(size)
+        buffer = empty(count + 2 * GUARD, dtype=dtype, device=device).fill_(-77)
+        buffers.append(buffer)
+        return buffer[GUARD : GUARD + count].fill_(math.nan).view(size)
+
+    monkeypatch.setattr(torch, "empty", guarded)
+    monkeypatch.setattr(torch, "empty_like", lambda x: guarded(x.shape, dtype=x.dtype, device=x.device))
+    yield
+    for buffer in buffers:
+        assert (buffer[:GUARD] == -77).all(), "written before the start of a tensor"
+        assert (buffer[len(buffer) - GUARD :] == -77).all(), "written past the end of a tensor"

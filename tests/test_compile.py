@@ -1,0 +1,170 @@
+"""The kernels compiled for GPUs that need not be here, and the ops of the heads as torch.compile sees them."""
+
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from capi_kernels import Potentials, sinkhorn_potentials
+
+OPS = torch.ops.capi_kernels
+REPORT = Path(__file__).parents[1] / "benchmarks/compile_report.py"
+
+
+def run_python(*arguments: str | Path, environment: dict[str, str] | None = None) -> str:
+    run = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
+
+
+def test_no_default_configuration_spills() -> None:
+    """A sample; `python benchmarks/compile_report.py` compiles them all."""
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(REPORT.parents[1])
+    lines = run_python(REPORT, "--check", "--every", "11", "80", "90", environment=environment).splitlines()
+    kernels = {line.split("|")[1].strip() for line in lines}
+    assert {"column_step_kernel", "row_step_kernel", "head_rows_kernel", "student_rows_kernel"} <= kernels
+
+
+def operands() -> dict[str, tuple]:
+    generator = torch.Generator().manual_seed(0)
+    features, weight, bias, logits, predictions = (
+        torch.randn(shape, generator=generator) for shape in ((2, 5, 4), (9, 4), (9,), (2, 5, 9), (3, 9))
+    )
+    rows = torch.tensor([3, 9, 3])
+    potentials = sinkhorn_potentials(logits, temperature=0.1)
+    leaves = weight.requires_grad_(), bias.requires_grad_()
+    predictions.requires_grad_()
+    head = (0.06, 0.12, 3, 1e-8)
+    return {
+        "sinkhorn": (OPS.sinkhorn.default, logits, 3, 1e-8, 0.1, None, True),
+        "sinkhorn, potentials": (OPS.sinkhorn.default, logits.transpose(0, 1), 3, 1e-8, 0.1, None, False),
+        "assignments": (OPS.assignments_from_potentials.default, logits, *potentials, None, 0.1),
+        "assignments, rows": (OPS.assignments_from_potentials.default, logits, *potentials, rows, 0.1),
+        "head": (OPS.clustering_head.default, features, *leaves, rows, *head, True, None, None, torch.float32),
+        "head, together": (OPS.clustering_head.default, features, *leaves, None, *head, False, 1, None, torch.float32),
+        "head, bfloat16": (
+            OPS.clustering_head.default,
+            *(features.bfloat16(), leaves[0], None, rows),
+            *(*head, True, 1, None, torch.bfloat16),
+        ),
+        "student": (
+            OPS.student_loss.default,
+            *(predictions, torch.rand(3, 9, generator=generator), None, None, None, None, 1.0, 0.12),
+        ),
+        "student, potentials": (OPS.student_loss.default, predictions, logits, *potentials, rows, 0.1, 0.12),
+    }
+
+
+@pytest.mark.parametrize("case", operands())
+def test_opcheck(case: str) -> None:
+    op, *arguments = operands()[case]
+    torch.library.opcheck(op, tuple(arguments))
+
+
+def test_shapes_on_a_gpu_without_one() -> None:
+    for name, (op, *arguments) in operands().items():
+        expected = op(*arguments)
+        with torch._subclasses.FakeTensorMode():
+            fakes = [
+                torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda") if isinstance(x, Tensor) else x
+                for x in arguments
+            ]
+            outputs = op(*fakes)
+        for fake, real in zip(*((x,) if isinstance(x, Tensor) else x for x in (outputs, expected)), strict=True):
+            assert fake.device.type == "cuda", name
+            assert (fake.shape, fake.dtype) == (real.shape, real.dtype), name
+
+
+COMPILED = """
+import torch
+from capi_kernels import (
+    TargetRows, assignments_from_potentials, clustering_head, sinkhorn_positionwise, sinkhorn_potentials, student_loss
+)
+
+def step(features, weight, bias, rows, predictions, logits):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        head = clustering_head(features.sin(), weight * 2, bias, rows)
+    targets = sinkhorn_positionwise(logits, temperature=0.1)
+    potentials = sinkhorn_potentials(logits, temperature=0.1)
+    chosen = assignments_from_potentials(logits, potentials, rows, temperature=0.1)
+    loss = student_loss(predictions * 3, head.targets)
+    loss = loss + student_loss(predictions * 2, TargetRows(logits, potentials, rows, 0.1))
+    return head.loss + loss, targets.sum() + chosen.sum()
+
+compilations = 0
+def backend(graph, inputs):
+    global compilations
+    compilations += 1
+    from torch._dynamo.backends.debugging import aot_eager
+    return aot_eager(graph, inputs)
+
+compiled = torch.compile(step, fullgraph=True, backend=backend)
+counts = []
+for images in (5, 6, 7):
+    generator = torch.Generator().manual_seed(images)
+    shapes = (2, images, 4), (9, 4), (9,), (3, 9), (2, images, 9)
+    features, weight, bias, predictions, logits = (torch.randn(shape, generator=generator) for shape in shapes)
+    leaves = [x.requires_grad_() for x in (weight, bias, predictions)]
+    rows = torch.tensor([3, 9, 3])
+    results = []
+    for function in (step, compiled):
+        loss, total = function(features, weight, bias, rows, predictions, logits)
+        results.append((loss, total, *torch.autograd.grad(loss, leaves)))
+    for actual, expected in zip(*results):
+        torch.testing.assert_close(actual, expected)
+    counts.append(compilations)
+assert counts == [1, 2, 2], counts  # Sizes become symbols when they change for the first time.
+
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+for group in ("world", torch.distributed.group.WORLD):
+    over_group = lambda x: sinkhorn_positionwise(x, process_group=group)
+    compiled = torch.compile(over_group, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(logits), over_group(logits))
+"""
+
+
+def test_compiles_whole_and_once_for_all_batch_sizes() -> None:
+    # In a process of its own: the type checks of these tests are not for the compiler.
+    run_python("-c", COMPILED)
+
+
+def test_torch_func_grad() -> None:
+    from capi_kernels import clustering_head, student_loss
+
+    features, weight, bias, rows = (x.detach() for x in operands()["head"][1:5])
+    predictions, targets = (x.detach() for x in operands()["student"][1:3])
+    for loss_of, x in (
+        (lambda weight: clustering_head(features, weight, bias, rows).loss, weight),
+        (lambda predictions: student_loss(predictions, targets), predictions),
+    ):
+        leaf = x.clone().requires_grad_()
+        assert torch.equal(torch.func.grad(loss_of)(x), torch.autograd.grad(loss_of(leaf), leaf)[0])
+    assert isinstance(sinkhorn_potentials(features), Potentials)
+
+
+@pytest.mark.parametrize("case", operands())
+def test_what_a_gpu_runs_agrees_in_the_interpreter(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The implementation registered for CUDA, called on CPU tensors, under an autocast that must not reach it."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("the kernels are compiled for the GPU")
+    op, *arguments = operands()[case]
+    if "bfloat16" in case:
+        pytest.skip("the interpreter has no bfloat16")
+    expected = op(*arguments)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = op.redispatch(cuda, *arguments)
+    names = [output.name for output in op._schema.returns]
+    for name, x, y in zip(names, *((x,) if isinstance(x, Tensor) else x for x in (actual, expected)), strict=True):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype), name
+        if name not in ("column", "row"):  # of which only the product is defined
+            torch.testing.assert_close(x, y.detach(), rtol=1e-4, atol=1e-5)
