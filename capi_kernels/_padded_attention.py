@@ -7,11 +7,11 @@ Short sequences make the explicit product faster on a CPU than PyTorch's tiled a
 straight into the padded layout, and the scale rides on the tables of q.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
 
 from capi_kernels._rotary import rotate, transposed
 
@@ -51,7 +51,10 @@ def _unpad(x: Tensor, layout: Layout) -> Tensor:
 def _heads(x: Tensor, cos: Tensor | None, sin: Tensor | None, layout: Layout) -> Tensor:
     """Packed [tokens, heads, head_dim] to padded [groups, heads, length, head_dim], rotated."""
     x = _pad(x, layout).transpose(1, 2)
-    return x.contiguous() if cos is None else rotate(x, cos.unsqueeze(1), sin.unsqueeze(1))
+    # A copy in any case: what an op returns must be none of its operands.
+    return (
+        x.clone(memory_format=torch.contiguous_format) if cos is None else rotate(x, cos.unsqueeze(1), sin.unsqueeze(1))
+    )
 
 
 def _tokens(dx: Tensor, cos: Tensor | None, sin: Tensor | None, layout: Layout) -> Tensor:
@@ -67,58 +70,68 @@ def _bmm(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
 
 
-class PaddedAttention(torch.autograd.Function):
-    """Packed q, k, v to packed o; the tables get no gradient."""
+def _padded_tables(
+    tables: Sequence[Tensor | None], layouts: tuple[Layout, Layout], scale: float
+) -> list[Tensor | None]:
+    """The tables of q, with the scale, and those of k."""
+    q_tables = [None if table is None else _pad(table, layouts[0]) * scale for table in tables[:2]]
+    return q_tables + [None if table is None else _pad(table, layouts[1]) for table in tables[2:]]
 
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        q_cos: Tensor | None,
-        q_sin: Tensor | None,
-        k_cos: Tensor | None,
-        k_sin: Tensor | None,
-        layout_q: Layout,
-        layout_k: Layout,
-        kv_index: Tensor | None,
-        scale: float,
-    ) -> Tensor:
-        tables = [None if table is None else _pad(table, layout_q) * scale for table in (q_cos, q_sin)]
-        tables += [None if table is None else _pad(table, layout_k) for table in (k_cos, k_sin)]
-        with torch.autocast(q.device.type, enabled=False):
-            q = _heads(q, *tables[:2], layout_q)
-            if q_cos is None:
-                q = q * scale
-            k, v, mask = _heads(k, *tables[2:], layout_k), _heads(v, None, None, layout_k), layout_k.mask
-            if kv_index is not None:
-                k, v, mask = (x if x is None else x.index_select(0, kv_index) for x in (k, v, mask))
-            scores = _bmm(q, k.mT)
-            if mask is not None:
-                # A finite score: a group without keys then averages the zeros of its padding, where -inf gives NaN.
-                scores.masked_fill_(~mask[:, None, None, :], torch.finfo(scores.dtype).min)
-            P = scores.softmax(-1)
-            o = _tokens(_bmm(P, v), None, None, layout_q)
-        ctx.save_for_backward(q, k, v, P, kv_index, *tables)
-        ctx.layouts, ctx.scale = (layout_q, layout_k), scale
-        return o
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, do: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, P, kv_index, *tables = ctx.saved_tensors
-        layout_q, layout_k = ctx.layouts
-        with torch.autocast(do.device.type, enabled=False):
-            do = _heads(do, None, None, layout_q)
-            dv = _bmm(P.mT, do)
-            dS = torch.ops.aten._softmax_backward_data(_bmm(do, v.mT), P, -1, P.dtype)
-            dq = _bmm(dS, k)
-            dk = _bmm(dS.mT, q)
-            if kv_index is not None:
-                dk, dv = (dx.new_zeros((layout_k.groups, *dx.shape[1:])).index_add_(0, kv_index, dx) for dx in (dk, dv))
-            if tables[0] is None:
-                dq = dq * ctx.scale
-            dq = _tokens(dq, *tables[:2], layout_q)
-            dk, dv = _tokens(dk, *tables[2:], layout_k), _tokens(dv, None, None, layout_k)
-        return dq, dk, dv, *[None] * 8
+def padded_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tables: Sequence[Tensor | None],
+    layouts: tuple[Layout, Layout],
+    kv_index: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, list[Tensor]]:
+    """o, packed, and for the backward the padded q and k, rotated, v and P."""
+    layout_q, layout_k = layouts
+    tables = _padded_tables(tables, layouts, scale)
+    with torch.autocast(q.device.type, enabled=False):
+        q = _heads(q, *tables[:2], layout_q)
+        if tables[0] is None:
+            q = q * scale
+        k, v, mask = _heads(k, *tables[2:], layout_k), _heads(v, None, None, layout_k), layout_k.mask
+        if kv_index is not None:
+            k, v, mask = (x if x is None else x.index_select(0, kv_index) for x in (k, v, mask))
+        scores = _bmm(q, k.mT)
+        if mask is not None:
+            # A finite score: a group without keys then averages the zeros of its padding, where -inf gives NaN.
+            scores.masked_fill_(~mask[:, None, None, :], torch.finfo(scores.dtype).min)
+        P = scores.softmax(-1)
+        return _tokens(_bmm(P, v), None, None, layout_q), [q, k, v, P]
+
+
+def padded_attention_backward(
+    do: Tensor,
+    saved: Sequence[Tensor],
+    tables: Sequence[Tensor | None],
+    layouts: tuple[Layout, Layout],
+    kv_index: Tensor | None,
+    scale: float,
+) -> list[Tensor]:
+    """dq, dk and dv, packed."""
+    q, k, v, P = saved
+    layout_q, layout_k = layouts
+    tables = _padded_tables(tables, layouts, scale)
+    with torch.autocast(do.device.type, enabled=False):
+        do = _heads(do, None, None, layout_q)
+        dv = _bmm(P.mT, do)
+        dS = torch.ops.aten._softmax_backward_data(_bmm(do, v.mT), P, -1, P.dtype)
+        dq = _bmm(dS, k)
+        dk = _bmm(dS.mT, q)
+        if kv_index is not None:
+            dk, dv = (dx.new_zeros((layout_k.groups, *dx.shape[1:])).index_add_(0, kv_index, dx) for dx in (dk, dv))
+        if tables[0] is None:
+            dq = dq * scale
+        dq = _tokens(dq, *tables[:2], layout_q)
+        return [dq, _tokens(dk, *tables[2:], layout_k), _tokens(dv, None, None, layout_k)]
+
+
+def padded_shapes(groups, heads, max_seqlen_q, max_seqlen_k, head_dim) -> tuple[tuple, ...]:
+    """Of what `padded_attention` saves; the sizes may be symbols."""
+    keys = (groups, heads, max_seqlen_k, head_dim)
+    return (groups, heads, max_seqlen_q, head_dim), keys, keys, (groups, heads, max_seqlen_q, max_seqlen_k)

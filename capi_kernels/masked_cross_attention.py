@@ -1,10 +1,14 @@
 """Attention of packed queries to packed context: o_i = sum_j softmax_j(rope(q_i) . rope(k_j) scale) v_j.
 
-The j are the tokens of the context that the group of query i reads.
+The j are the tokens of the context that the group of query i reads. The ops `capi_kernels::masked_cross_attention` and
+`capi_kernels::masked_cross_attention_backward` are opaque to torch.compile and go by these names in the policies of
+selective activation checkpointing: saving the first spares its recomputation.
 """
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from capi_kernels._checks import (
     check_cu_seqlens,
@@ -15,7 +19,101 @@ from capi_kernels._checks import (
     check_shape,
     check_tensor,
 )
-from capi_kernels._padded_attention import PaddedAttention, layout_of
+from capi_kernels._padded_attention import layout_of, padded_attention, padded_attention_backward, padded_shapes
+
+OPERANDS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? q_cos, Tensor? q_sin, Tensor? k_cos, Tensor? k_sin, Tensor cu_seqlens_q,"
+    " Tensor cu_seqlens_k, Tensor? kv_index, SymInt max_seqlen_q, SymInt max_seqlen_k, float scale"
+)
+OP = "capi_kernels::masked_cross_attention"
+# Saved are rotated copies and the weights on a CPU, two numbers a row on a GPU; dk and dv come in one buffer there.
+torch.library.define(OP, f"({OPERANDS}) -> (Tensor out, Tensor[] saved)")
+torch.library.define(f"{OP}_backward", f"(Tensor do, Tensor out, Tensor[] saved, {OPERANDS}) -> Tensor[]")
+
+
+@torch.library.impl(OP, "CPU")
+def _(q, k, v, *operands):
+    *tables, cu_seqlens_q, cu_seqlens_k, kv_index, max_seqlen_q, max_seqlen_k, scale = operands
+    layouts = layout_of(cu_seqlens_q, max_seqlen_q, len(q)), layout_of(cu_seqlens_k, max_seqlen_k, len(k))
+    return padded_attention(q, k, v, tables, layouts, kv_index, scale)
+
+
+@torch.library.impl(f"{OP}_backward", "CPU")
+def _(do, out, saved, q, k, v, *operands):
+    *tables, cu_seqlens_q, cu_seqlens_k, kv_index, max_seqlen_q, max_seqlen_k, scale = operands
+    layouts = layout_of(cu_seqlens_q, max_seqlen_q, len(q)), layout_of(cu_seqlens_k, max_seqlen_k, len(k))
+    return padded_attention_backward(do, saved, tables, layouts, kv_index, scale)
+
+
+@torch.library.impl(OP, "CUDA")
+def _(*operands):
+    from capi_kernels.masked_cross_attention_triton import masked_cross_attention_forward
+
+    with torch.cuda.device_of(operands[0]):
+        out, stats = masked_cross_attention_forward(*operands)
+    return out, [stats]
+
+
+@torch.library.impl(f"{OP}_backward", "CUDA")
+def _(do, out, saved, *operands):
+    from capi_kernels.masked_cross_attention_triton import masked_cross_attention_backward
+
+    with torch.cuda.device_of(do):
+        return list(masked_cross_attention_backward(do, out, *saved, *operands))
+
+
+@torch.library.register_fake(OP)
+def _(q, k, v, q_cos, q_sin, k_cos, k_sin, cu_seqlens_q, cu_seqlens_k, kv_index, max_seqlen_q, max_seqlen_k, scale):
+    queries, heads, head_dim = q.shape
+    if q.device.type == "cpu":
+        groups = cu_seqlens_q.shape[0] - 1  # len would fix the number.
+        shapes = padded_shapes(groups, heads, max_seqlen_q, max_seqlen_k, head_dim)
+        return q.new_empty(q.shape), [q.new_empty(shape) for shape in shapes]
+    return q.new_empty(q.shape), [q.new_empty((2, heads, queries), dtype=torch.float32)]
+
+
+@torch.library.register_fake(f"{OP}_backward")
+def _(do, out, saved, q, k, *_):
+    context, heads, head_dim = k.shape
+    if q.device.type == "cpu":
+        return [x.new_empty(x.shape) for x in (q, k, k)]
+    return [q.new_empty(q.shape), k.new_empty((context, 2, heads, head_dim))]
+
+
+def _setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
+    *tensors, max_seqlen_q, max_seqlen_k, scale = inputs
+    ctx.options = max_seqlen_q, max_seqlen_k, scale
+    out, *saved = output
+    if isinstance(saved[0], list):  # From the op itself.
+        (saved,) = saved
+    else:
+        ctx.mark_non_differentiable(*saved)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, out, *saved)
+
+
+def _backward(ctx: FunctionCtx, do: Tensor, *_) -> tuple[Tensor | None, ...]:
+    everything = ctx.saved_tensors  # May be asked for only once.
+    *tensors, out = everything[:11]
+    saved = everything[11:]
+    grads = torch.ops.capi_kernels.masked_cross_attention_backward(do, out, saved, *tensors, *ctx.options)
+    dq, dk, dv = grads if len(grads) == 3 else (grads[0], *grads[1].unbind(1))
+    return dq, dk, dv, *[None] * 10
+
+
+torch.library.register_autograd(OP, _backward, setup_context=_setup_context)
+
+
+class _MaskedCrossAttention(torch.autograd.Function):
+    """The op once more, in the form that torch.func knows."""
+
+    @staticmethod
+    def forward(*inputs):
+        out, saved = torch.ops.capi_kernels.masked_cross_attention(*inputs)
+        return out, *saved
+
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(once_differentiable(_backward))
 
 
 def masked_cross_attention(
@@ -78,6 +176,5 @@ def masked_cross_attention(
         raise ValueError(f"without kv_index every group needs a context: got {groups} groups and {contexts} contexts")
     scale = head_dim**-0.5 if scale is None else scale
     check_positive(scale=scale)
-    layout_q = layout_of(cu_seqlens_q, max_seqlen_q, queries)
-    layout_k = layout_of(cu_seqlens_k, max_seqlen_k, k.shape[0])
-    return PaddedAttention.apply(q, k, v, q_cos, q_sin, k_cos, k_sin, layout_q, layout_k, kv_index, scale)
+    tables, lengths = (q_cos, q_sin, k_cos, k_sin), (cu_seqlens_q, cu_seqlens_k, kv_index)
+    return _MaskedCrossAttention.apply(q, k, v, *tables, *lengths, max_seqlen_q, max_seqlen_k, scale)[0]

@@ -1,10 +1,103 @@
-"""Self-attention over packed visible tokens: o_i = sum_j softmax_j(rope(q_i) . rope(k_j) scale) v_j within an image."""
+"""Self-attention over packed visible tokens: o_i = sum_j softmax_j(rope(q_i) . rope(k_j) scale) v_j within an image.
 
+The ops `capi_kernels::visible_attention` and `capi_kernels::visible_attention_backward` are opaque to torch.compile and
+go by these names in the policies of selective activation checkpointing: saving the first spares its recomputation.
+"""
+
+import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from capi_kernels._checks import check_cu_seqlens, check_heads, check_positive, check_rotary, check_shape, check_tensor
-from capi_kernels._padded_attention import PaddedAttention, layout_of
+from capi_kernels._padded_attention import layout_of, padded_attention, padded_attention_backward, padded_shapes
+
+OPERANDS = "Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, Tensor cu_seqlens, SymInt max_seqlen, float scale"
+OP = "capi_kernels::visible_attention"
+# Saved are rotated copies and the weights on a CPU, two numbers a row on a GPU; gradients come in one buffer there.
+torch.library.define(OP, f"({OPERANDS}) -> (Tensor out, Tensor[] saved)")
+torch.library.define(f"{OP}_backward", f"(Tensor do, Tensor out, Tensor[] saved, {OPERANDS}) -> Tensor[]")
+
+
+@torch.library.impl(OP, "CPU")
+def _(q, k, v, cos, sin, cu_seqlens, max_seqlen, scale):
+    layout = layout_of(cu_seqlens, max_seqlen, len(q))
+    return padded_attention(q, k, v, (cos, sin, cos, sin), (layout, layout), None, scale)
+
+
+@torch.library.impl(f"{OP}_backward", "CPU")
+def _(do, out, saved, q, k, v, cos, sin, cu_seqlens, max_seqlen, scale):
+    layout = layout_of(cu_seqlens, max_seqlen, len(q))
+    return padded_attention_backward(do, saved, (cos, sin, cos, sin), (layout, layout), None, scale)
+
+
+@torch.library.impl(OP, "CUDA")
+def _(*operands):
+    from capi_kernels.visible_attention_triton import visible_attention_forward
+
+    with torch.cuda.device_of(operands[0]):
+        out, stats = visible_attention_forward(*operands)
+    return out, [stats]
+
+
+@torch.library.impl(f"{OP}_backward", "CUDA")
+def _(do, out, saved, *operands):
+    from capi_kernels.visible_attention_triton import visible_attention_backward
+
+    with torch.cuda.device_of(do):
+        return [visible_attention_backward(do, out, *saved, *operands)]
+
+
+@torch.library.register_fake(OP)
+def _(q, k, v, cos, sin, cu_seqlens, max_seqlen, scale):
+    tokens, heads, head_dim = q.shape
+    if q.device.type == "cpu":
+        images = cu_seqlens.shape[0] - 1  # len would fix the number.
+        shapes = padded_shapes(images, heads, max_seqlen, max_seqlen, head_dim)
+        return q.new_empty(q.shape), [q.new_empty(shape) for shape in shapes]
+    return q.new_empty(q.shape), [q.new_empty((2, heads, tokens), dtype=torch.float32)]
+
+
+@torch.library.register_fake(f"{OP}_backward")
+def _(do, out, saved, q, *_):
+    tokens, heads, head_dim = q.shape
+    if q.device.type == "cpu":
+        return [q.new_empty(q.shape) for _ in range(3)]
+    return [q.new_empty((tokens, 3, heads, head_dim))]
+
+
+def _setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
+    *tensors, ctx.max_seqlen, ctx.scale = inputs
+    out, *saved = output
+    if isinstance(saved[0], list):  # From the op itself.
+        (saved,) = saved
+    else:
+        ctx.mark_non_differentiable(*saved)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, out, *saved)
+
+
+def _backward(ctx: FunctionCtx, do: Tensor, *_) -> tuple[Tensor | None, ...]:
+    q, k, v, cos, sin, cu_seqlens, out, *saved = ctx.saved_tensors
+    operands = (q, k, v, cos, sin, cu_seqlens, ctx.max_seqlen, ctx.scale)
+    grads = torch.ops.capi_kernels.visible_attention_backward(do, out, saved, *operands)
+    dq, dk, dv = grads if len(grads) == 3 else grads[0].unbind(1)
+    return dq, dk, dv, None, None, None, None, None
+
+
+torch.library.register_autograd(OP, _backward, setup_context=_setup_context)
+
+
+class _VisibleAttention(torch.autograd.Function):
+    """The op once more, in the form that torch.func knows."""
+
+    @staticmethod
+    def forward(*inputs):
+        out, saved = torch.ops.capi_kernels.visible_attention(*inputs)
+        return out, *saved
+
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(once_differentiable(_backward))
 
 
 def visible_attention(
@@ -46,5 +139,4 @@ def visible_attention(
     check_cu_seqlens("cu_seqlens", cu_seqlens, "max_seqlen", max_seqlen, tokens, ("q", q))
     scale = head_dim**-0.5 if scale is None else scale
     check_positive(scale=scale)
-    layout = layout_of(cu_seqlens, max_seqlen, tokens)
-    return PaddedAttention.apply(q, k, v, cos, sin, cos, sin, layout, layout, None, scale)
+    return _VisibleAttention.apply(q, k, v, cos, sin, cu_seqlens, max_seqlen, scale)[0]

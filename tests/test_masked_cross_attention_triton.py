@@ -1,0 +1,271 @@
+"""The Triton kernels of `masked_cross_attention`: in the interpreter here, and once more where there is a GPU."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+import triton
+from numerics import assert_as_accurate
+from torch import Tensor
+
+from capi_kernels import _attention_triton, _tiled_attention_triton, masked_cross_attention_triton, reference
+from capi_kernels._attention_triton import Config, count_readers, next_reader
+from capi_kernels.masked_cross_attention_triton import masked_cross_attention_backward, masked_cross_attention_forward
+
+pytestmark = pytest.mark.usefixtures("guarded_memory")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Inputs(NamedTuple):
+    q: Tensor
+    kv: Tensor  # [context, 2, heads, head_dim]
+    tables: tuple[Tensor | None, ...]
+    cu_seqlens: tuple[Tensor, Tensor]
+    max_seqlens: tuple[int, int]
+    kv_index: Tensor | None
+    do: Tensor
+
+    def in_dtype(self, dtype: torch.dtype) -> "Inputs":
+        tables = [x if x is None or dtype != torch.float64 else x.double() for x in self.tables]
+        return self._replace(q=self.q.to(dtype), kv=self.kv.to(dtype), tables=tables, do=self.do.to(dtype))
+
+
+def packed_inputs(queries, contexts, heads, head_dim, dtype, *, kv_index=None, rotary=(True, True), seed=2) -> Inputs:
+    generator = torch.Generator().manual_seed(seed)
+    tables = []
+    for lengths, embedded in zip((queries, contexts), rotary, strict=True):
+        angle = (40 * torch.randn(sum(lengths), head_dim, generator=generator)).to(DEVICE)
+        tables += [angle.cos(), angle.sin()] if embedded else [None, None]
+    q, do = torch.randn(2, sum(queries), heads, head_dim, generator=generator).to(DEVICE, dtype).unbind(0)
+    kv = torch.randn(sum(contexts), 2, heads, head_dim, generator=generator).to(DEVICE, dtype)
+    cu_seqlens = [torch.tensor([0, *n]).cumsum(0).to(DEVICE, torch.int32) for n in (queries, contexts)]
+    index = None if kv_index is None else torch.tensor(kv_index, device=DEVICE)
+    return Inputs(q, kv, tuple(tables), tuple(cu_seqlens), (max(queries), max(contexts)), index, do)
+
+
+def run(x: Inputs, scale: float | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """o, dq, dk, dv."""
+    scale = x.q.shape[-1] ** -0.5 if scale is None else scale
+    given = (x.q, *x.kv.unbind(1), *x.tables)
+    where = (*x.cu_seqlens, x.kv_index, *x.max_seqlens, scale)
+    out, stats = masked_cross_attention_forward(*given, *where)
+    dq, dkv = masked_cross_attention_backward(x.do, out, stats, *given, *where)
+    return out, dq, *dkv.unbind(1)
+
+
+def defined(x: Inputs, dtype: torch.dtype, scale: float | None = None) -> tuple[Tensor, ...]:
+    x = x.in_dtype(dtype)
+    q, k, v = (part.detach().requires_grad_() for part in (x.q, *x.kv.unbind(1)))
+    out = reference.masked_cross_attention(
+        q, k, v, *x.tables, *x.cu_seqlens, *x.max_seqlens, kv_index=x.kv_index, scale=scale
+    )
+    return out.detach(), *torch.autograd.grad(out, (q, k, v), x.do)
+
+
+def assert_accurate(x: Inputs, scale: float | None = None) -> None:
+    for parts in zip(run(x, scale), defined(x, x.q.dtype, scale), defined(x, torch.float64, scale), strict=True):
+        assert_as_accurate(*parts)
+
+
+def assert_same_bits(actual, expected) -> None:
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.fixture(params=["resident", "tiled"])
+def route(request, monkeypatch) -> str:
+    """Every dtype and length through one set of kernels, in tiles small enough for short sequences to fill some."""
+    if request.param == "resident":
+        monkeypatch.setattr(masked_cross_attention_triton, "forward_config", lambda *_: Config(16, 32, 4))
+        monkeypatch.setattr(masked_cross_attention_triton, "backward_config", lambda *_: Config(16, 32, 4))
+    else:
+        monkeypatch.setattr(masked_cross_attention_triton, "forward_config", lambda *_: None)
+        monkeypatch.setattr(masked_cross_attention_triton, "backward_config", lambda *_: None)
+        monkeypatch.setattr(_tiled_attention_triton, "forward_config", lambda *_: Config(16, 16, 4))
+        monkeypatch.setattr(_tiled_attention_triton, "dq_config", lambda *_: Config(16, 16, 4))
+        monkeypatch.setattr(_tiled_attention_triton, "dkdv_config", lambda *_: Config(16, 16, 4))
+    return request.param
+
+
+# No queries, one, some, a tile, one past it; no keys, one, ragged, a tile of 16 or 32, one past it.
+QUERIES = (8, 0, 1, 16, 17, 2)
+CONTEXTS = (21, 16, 1, 32, 17, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("heads", "head_dim"), [(2, 16), (1, 40), (1, 64)])
+def test_output_and_gradients(route, dtype, heads, head_dim):
+    assert_accurate(packed_inputs(QUERIES, CONTEXTS, heads, head_dim, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_groups_choose_their_contexts(route, dtype):
+    """Three groups read one context, two a second out of order; two contexts are read by nobody."""
+    x = packed_inputs((3, 8, 0, 17, 2, 5), (9, 20, 17, 32, 4), 2, 16, dtype, kv_index=(3, 1, 3, 3, 0, 1))
+    assert_accurate(x)
+    _, _, dk, dv = run(x)
+    for context in (2, 4):
+        unread = slice(x.cu_seqlens[1][context], x.cu_seqlens[1][context + 1])
+        assert not dk[unread].any()
+        assert not dv[unread].any()
+
+
+@pytest.mark.parametrize("rotary", [(False, False), (True, False), (False, True)])
+def test_tables_on_either_side(route, rotary):
+    assert_accurate(packed_inputs((3, 18), (20, 5), 1, 16, torch.float32, rotary=rotary), scale=0.3)
+
+
+def test_odd_heads(route):
+    assert_accurate(packed_inputs((3,), (20,), 1, 7, torch.float32, rotary=(False, False)))
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(8, 33), (8, 106), (33, 65), (3, 129), (33, 129)])
+def test_default_configurations(queries, keys):
+    assert_accurate(packed_inputs((queries, 2), (keys, 7), 1, 64, torch.float16))
+
+
+def test_wide_heads():
+    assert_accurate(packed_inputs((8,), (33,), 1, 80, torch.float16))
+
+
+def test_large_scores(route):
+    """All scores lifted by 100: exponentials must be taken after the maximum, in the backward too."""
+    x = packed_inputs((20, 2), (9, 31), 1, 16, torch.float32, rotary=(False, False))
+    x.q[..., 0] = 20
+    x.kv[:, 0, :, 0] = 20
+    assert_accurate(x)
+
+
+def test_queries_do_not_see_each_other(route):
+    """Any subset of the queries of a group gets the same bits."""
+    x = packed_inputs((20,), (17,), 1, 16, torch.float32)
+    out, dq, *_ = run(x)
+    kept = torch.tensor([19, 3, 4], device=DEVICE)
+    fewer = x._replace(
+        q=x.q[kept],
+        tables=(x.tables[0][kept], x.tables[1][kept], *x.tables[2:]),
+        cu_seqlens=(torch.tensor([0, 3], dtype=torch.int32, device=DEVICE), x.cu_seqlens[1]),
+        do=x.do[kept],
+    )
+    assert_same_bits(run(fewer)[:2], (out[kept], dq[kept]))
+
+
+@pytest.mark.parametrize("route", ["resident"], indirect=True)
+def test_resident_forward_with_tiled_backward(route, monkeypatch):
+    """As wide heads on older GPUs have it."""
+    monkeypatch.setattr(masked_cross_attention_triton, "backward_config", lambda *_: None)
+    assert_accurate(packed_inputs((17, 1), (9, 0), 2, 16, torch.float32))
+
+
+def test_heads_share_a_program(route, monkeypatch):
+    monkeypatch.setattr(_attention_triton, "ENOUGH_PROGRAMS", 1)
+    assert_accurate(packed_inputs((3, 18), (9, 20), 4, 16, torch.float32, kv_index=(1, 0)))
+
+
+def test_kv_index_is_a_gather(route):
+    """Reading contexts through the index gives the bits of contexts copied in its order."""
+    x = packed_inputs((3, 8), (9, 20, 17), 2, 16, torch.float32, kv_index=(2, 0))
+    out, dq, dk, dv = run(x)
+    starts = x.cu_seqlens[1].tolist()
+    tokens = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in (2, 0)]).to(DEVICE)
+    copied = x._replace(
+        kv=x.kv[tokens],
+        tables=(*x.tables[:2], x.tables[2][tokens], x.tables[3][tokens]),
+        cu_seqlens=(x.cu_seqlens[0], torch.tensor([0, 17, 26], dtype=torch.int32, device=DEVICE)),
+        kv_index=None,
+    )
+    assert_same_bits(run(copied), (out, dq, dk[tokens], dv[tokens]))
+
+
+def test_permuting_groups_permutes_outputs(route):
+    x = packed_inputs((3, 8, 1), (9, 20, 17), 1, 16, torch.float16, kv_index=(2, 0, 1))
+    out, dq, dk, dv = run(x)
+    tokens = torch.tensor([*range(3, 11), 11, *range(3)], device=DEVICE)
+    permuted = x._replace(
+        q=x.q[tokens],
+        tables=(x.tables[0][tokens], x.tables[1][tokens], *x.tables[2:]),
+        cu_seqlens=(torch.tensor([0, 8, 9, 12], dtype=torch.int32, device=DEVICE), x.cu_seqlens[1]),
+        kv_index=x.kv_index[[1, 2, 0]],
+        do=x.do[tokens],
+    )
+    assert_same_bits(run(permuted), (out[tokens], dq[tokens], dk, dv))
+
+
+def test_int32_index_and_any_strides_give_the_same_bits(route):
+    x = packed_inputs((3, 18), (9, 20), 2, 16, torch.float32, kv_index=(1, 1))
+    strided = x._replace(
+        q=torch.stack([x.q, x.q + 1], -1)[..., 0],
+        kv=x.kv.transpose(0, 2).contiguous().transpose(0, 2),
+        do=torch.cat([x.do, x.do], -1)[..., :16],
+        kv_index=x.kv_index.int(),
+    )
+    assert_same_bits(run(strided), run(x._replace(kv=x.kv.contiguous())))
+
+
+def test_same_bits_twice(route):
+    x = packed_inputs((3, 18, 5), (9, 20), 2, 16, torch.float16, kv_index=(1, 0, 1))
+    assert_same_bits(run(x), run(x))
+
+
+def test_nothing_to_do():
+    x = packed_inputs((0, 0), (5, 3), 2, 16, torch.float32)
+    out, dq, dk, dv = run(x)
+    assert out.shape == dq.shape == (0, 2, 16)
+    assert not dk.any()
+    assert not dv.any()
+
+
+def test_a_few_queries_take_the_resident_kernels():
+    for queries, keys in ((1, 1), (8, 106), (166, 106), (256, 128)):
+        assert masked_cross_attention_triton.forward_config(torch.bfloat16, 64, queries, keys) is not None
+        for indexed in (False, True):
+            assert _attention_triton.backward_config(torch.bfloat16, 64, keys, indexed, 90) is not None
+
+
+@triton.jit
+def readers_kernel(kv_index_ptr, out_ptr, groups, context):
+    """Lists the groups that read a context, in order, and how many they are."""
+    readers = count_readers(kv_index_ptr, groups, context)
+    group = -1
+    for i in range(readers):
+        group = next_reader(kv_index_ptr, groups, context, group)
+        triton.language.store(out_ptr + 1 + i, group)
+    triton.language.store(out_ptr, readers)
+
+
+def test_readers_of_many_groups():
+    """More groups than one block of indices."""
+    kv_index = torch.randint(0, 300, (2500,), generator=torch.Generator().manual_seed(0))
+    kv_index[[0, 1023, 1024, 2048, 2499]] = 7
+    expected = (kv_index == 7).nonzero().flatten()
+    out = torch.full((100,), -1, dtype=torch.int32, device=DEVICE)
+    readers_kernel[(1,)](kv_index.to(DEVICE), out, 2500, 7)
+    assert out[0] == len(expected)
+    assert torch.equal(out[1 : 1 + len(expected)].cpu().long(), expected)
+    assert (out[1 + len(expected) :] == -1).all()
+
+
+gpu = pytest.mark.gpu
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128])
+@pytest.mark.parametrize("queries", [1, 8, 33, 166, 256])
+@pytest.mark.parametrize("keys", [33, 106, 272])
+def test_on_a_gpu(dtype, head_dim, queries, keys):
+    assert_accurate(packed_inputs((queries,) * 4, (keys, 5, keys), 4, head_dim, dtype, kv_index=(2, 0, 0, 1)))
+
+
+@gpu
+def test_random_ragged_batches_on_a_gpu():
+    for seed in range(1000):
+        generator = torch.Generator().manual_seed(seed)
+        most_queries, most_keys = ((16, 64), (16, 128), (100, 128), (100, 300))[seed % 4]
+        queries = [*torch.randint(0, most_queries + 1, (6,), generator=generator).tolist(), 1]
+        contexts = [*torch.randint(0, most_keys + 1, (6,), generator=generator).tolist(), 1]
+        kv_index = torch.randint(0, 7, (7,), generator=generator).tolist() if seed % 3 else None
+        dtype = (torch.bfloat16, torch.float16)[seed // 4 % 2]
+        x = packed_inputs(queries, contexts, 1 + seed % 3, 64, dtype, kv_index=kv_index, seed=seed)
+        assert_accurate(x)
+        assert_same_bits(run(x), run(x))

@@ -1,0 +1,224 @@
+"""The Triton kernels of `visible_attention`: in the interpreter here, and once more where there is a GPU."""
+
+import math
+
+import pytest
+import torch
+from numerics import assert_as_accurate
+from torch import Tensor
+
+from capi_kernels import _attention_triton, _tiled_attention_triton, reference, visible_attention_triton
+from capi_kernels._attention_triton import Config
+from capi_kernels.visible_attention_triton import visible_attention_backward, visible_attention_forward
+
+pytestmark = pytest.mark.usefixtures("guarded_memory")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROUTES = ("resident", "tiled")
+# An empty image, one token, ragged tiles, exactly a tile of 16 or 32, one past it.
+LENGTHS = (0, 1, 16, 17, 5, 32, 0, 31)
+
+
+def packed_inputs(lengths, heads, head_dim, dtype, *, rotary=True, seed=1):
+    """One projection, tables with an angle for each channel, cu_seqlens, max_seqlen and a gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = sum(lengths)
+    projection = torch.randn(tokens, 3, heads, head_dim, generator=generator).to(DEVICE, dtype)
+    angle = 40 * torch.randn(tokens, head_dim, generator=generator)
+    cos, sin = angle.cos().to(DEVICE), angle.sin().to(DEVICE)
+    do = torch.randn(tokens, heads, head_dim, generator=generator).to(DEVICE, dtype)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(DEVICE, torch.int32)
+    tables = (cos, sin) if rotary else (None, None)
+    return projection, tables, cu_seqlens, max(lengths), do
+
+
+def run(projection, tables, cu_seqlens, max_seqlen, do, scale=None) -> tuple[Tensor, Tensor]:
+    scale = projection.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v = projection.unbind(1)
+    out, stats = visible_attention_forward(q, k, v, *tables, cu_seqlens, max_seqlen, scale)
+    return out, visible_attention_backward(do, out, stats, q, k, v, *tables, cu_seqlens, max_seqlen, scale)
+
+
+def defined(projection, tables, cu_seqlens, max_seqlen, do, dtype, scale=None) -> tuple[Tensor, Tensor]:
+    """The reference and its gradient, in a floating type."""
+    projection = projection.detach().to(dtype).requires_grad_()
+    if tables[0] is not None and dtype == torch.float64:
+        tables = [table.double() for table in tables]
+    out = reference.visible_attention(*projection.unbind(1), *tables, cu_seqlens, max_seqlen, scale=scale)
+    return out.detach(), torch.autograd.grad(out, projection, do.to(dtype))[0]
+
+
+def assert_accurate(inputs, scale=None) -> None:
+    dtype = inputs[0].dtype
+    actual, same_dtype, oracle = (
+        run(*inputs, scale=scale),
+        defined(*inputs, dtype, scale=scale),
+        defined(*inputs, torch.float64, scale=scale),
+    )
+    assert_as_accurate(actual[0], same_dtype[0], oracle[0])
+    for part in range(3):  # dq, dk, dv have sizes of their own
+        assert_as_accurate(actual[1][:, part], same_dtype[1][:, part], oracle[1][:, part])
+
+
+@pytest.fixture(params=ROUTES)
+def route(request, monkeypatch) -> str:
+    """Every dtype and length through one set of kernels, in tiles small enough for short sequences to fill some."""
+    if request.param == "resident":
+        monkeypatch.setattr(visible_attention_triton, "forward_config", lambda *_: Config(16, 32, 4))
+        monkeypatch.setattr(visible_attention_triton, "backward_config", lambda *_: Config(16, 32, 4))
+    else:
+        monkeypatch.setattr(visible_attention_triton, "forward_config", lambda *_: None)
+        monkeypatch.setattr(visible_attention_triton, "backward_config", lambda *_: None)
+        monkeypatch.setattr(_tiled_attention_triton, "forward_config", lambda *_: Config(16, 16, 4))
+        monkeypatch.setattr(_tiled_attention_triton, "dq_config", lambda *_: Config(16, 16, 4))
+        monkeypatch.setattr(_tiled_attention_triton, "dkdv_config", lambda *_: Config(16, 16, 4))
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("heads", "head_dim"), [(2, 16), (1, 40), (1, 64)])
+def test_output_and_gradients(route, dtype, heads, head_dim):
+    assert_accurate(packed_inputs(LENGTHS, heads, head_dim, dtype))
+
+
+@pytest.mark.parametrize("head_dim", [7, 16])
+def test_without_tables(route, head_dim):
+    assert_accurate(packed_inputs((3, 18), 1, head_dim, torch.float32, rotary=False), scale=0.3)
+
+
+def test_large_scores(route):
+    """All scores lifted by 100: exponentials must be taken after the maximum, in the backward too."""
+    projection, *rest = packed_inputs((20, 2), 1, 16, torch.float32, rotary=False)
+    projection[:, :2, :, 0] = 20
+    assert_accurate((projection, *rest))
+
+
+@pytest.mark.parametrize("max_seqlen", [20, 33, 65, 129])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_default_configurations(max_seqlen, dtype):
+    """What is launched for a bound on the lengths, whatever it is, with heads that no four divide."""
+    projection, tables, cu_seqlens, _, do = packed_inputs((max_seqlen, 4), 1, 64, dtype)
+    assert_accurate((projection, tables, cu_seqlens, max_seqlen, do))
+
+
+def test_wide_heads():
+    assert_accurate(packed_inputs((33,), 1, 80, torch.float16))
+
+
+def test_heads_share_a_program(route, monkeypatch):
+    """Six heads, three a program: each as if alone."""
+    monkeypatch.setattr(_attention_triton, "ENOUGH_PROGRAMS", 1)
+    projection, tables, cu_seqlens, max_seqlen, do = packed_inputs((9, 3), 6, 16, torch.float32)
+    out, dqkv = run(projection, tables, cu_seqlens, max_seqlen, do)
+    for head in (0, 2, 3, 5):
+        one = slice(head, head + 1)
+        alone = run(projection[:, :, one], tables, cu_seqlens, max_seqlen, do[:, one])
+        assert torch.equal(out[:, one], alone[0])
+        assert torch.equal(dqkv[:, :, one], alone[1])
+
+
+@pytest.mark.parametrize("route", ["resident"], indirect=True)
+def test_resident_forward_with_tiled_backward(route, monkeypatch):
+    monkeypatch.setattr(visible_attention_triton, "backward_config", lambda *_: None)
+    assert_accurate(packed_inputs((17, 1), 2, 16, torch.float32))
+
+
+def test_packed_equals_per_image(route):
+    projection, tables, cu_seqlens, max_seqlen, do = packed_inputs((17, 1, 0, 30), 2, 16, torch.float16)
+    out, dqkv = run(projection, tables, cu_seqlens, max_seqlen, do)
+    for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
+        one = slice(start, end)
+        cu_one = torch.tensor([0, end - start], dtype=torch.int32, device=DEVICE)
+        alone = run(projection[one], [table[one] for table in tables], cu_one, max_seqlen, do[one])
+        assert torch.equal(out[one], alone[0])
+        assert torch.equal(dqkv[one], alone[1])
+
+
+def test_permuting_images_permutes_outputs(route):
+    lengths, order = (17, 4, 32), (2, 0, 1)
+    projection, tables, cu_seqlens, max_seqlen, do = packed_inputs(lengths, 1, 16, torch.float32)
+    tokens = torch.cat([torch.arange(cu_seqlens[i], cu_seqlens[i + 1]) for i in order]).to(DEVICE)
+    cu_permuted = torch.tensor([0, *(lengths[i] for i in order)]).cumsum(0).to(DEVICE, torch.int32)
+    out, dqkv = run(projection, tables, cu_seqlens, max_seqlen, do)
+    permuted = run(projection[tokens], [table[tokens] for table in tables], cu_permuted, max_seqlen, do[tokens])
+    assert torch.equal(permuted[0], out[tokens])
+    assert torch.equal(permuted[1], dqkv[tokens])
+
+
+def test_any_strides_give_the_same_bits(route):
+    """Channels apart, heads before tokens, a gradient that is an expanded row."""
+    projection, tables, cu_seqlens, max_seqlen, do = packed_inputs((17, 6), 2, 16, torch.float32)
+    do = do[:1].expand_as(do)
+    expected = run(projection.contiguous(), tables, cu_seqlens, max_seqlen, do.contiguous())
+    apart = torch.stack([projection, torch.full_like(projection, math.nan)], -1)[..., 0]
+    heads_first = projection.transpose(0, 2).contiguous().transpose(0, 2)
+    for strided in (apart, heads_first):
+        actual = run(strided, tables, cu_seqlens, max_seqlen, do)
+        assert torch.equal(actual[0], expected[0])
+        assert torch.equal(actual[1], expected[1])
+
+
+def test_same_bits_twice(route):
+    inputs = packed_inputs((17, 31), 2, 16, torch.float16)
+    first, second = run(*inputs), run(*inputs)
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+
+
+def test_nothing_to_do():
+    out, dqkv = run(*packed_inputs((0, 0), 2, 16, torch.float32))
+    assert out.shape == (0, 2, 16)
+    assert dqkv.shape == (0, 3, 2, 16)
+
+
+def test_what_no_kernel_does_is_refused():
+    with pytest.raises(TypeError, match=r"torch.float16, torch.bfloat16 or torch.float32, got torch.float64"):
+        run(*packed_inputs((2,), 1, 16, torch.float64))
+    with pytest.raises(ValueError, match="head_dim must be at most 128, got 144"):
+        run(*packed_inputs((2,), 1, 144, torch.float32))
+
+
+def test_short_images_take_the_resident_kernels():
+    for tokens in (1, 32, 64, 106, 128):
+        assert visible_attention_triton.forward_config(torch.bfloat16, 64, tokens, 90) is not None
+        assert _attention_triton.backward_config(torch.bfloat16, 64, tokens, False, 90) is not None
+    assert visible_attention_triton.forward_config(torch.bfloat16, 64, 129, 90) is None
+    assert _attention_triton.backward_config(torch.bfloat16, 64, 129, False, 90) is None
+
+
+gpu = pytest.mark.gpu
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128])
+@pytest.mark.parametrize("lengths", [(106,) * 8, (272, 1, 0, 128, 129, 64), (700, 321)])
+def test_on_a_gpu(dtype, head_dim, lengths):
+    assert_accurate(packed_inputs(lengths, 4, head_dim, dtype))
+
+
+@gpu
+def test_random_ragged_batches_on_a_gpu():
+    for seed in range(1000):
+        generator = torch.Generator().manual_seed(seed)
+        longest = (24, 64, 128, 400)[seed % 4]
+        lengths = [*torch.randint(0, longest + 1, (6,), generator=generator).tolist(), 1]
+        dtype = (torch.bfloat16, torch.float16)[seed // 4 % 2]
+        inputs = packed_inputs(lengths, 1 + seed % 3, 64, dtype, seed=seed)
+        assert_accurate(inputs)
+        for first, second in zip(run(*inputs), run(*inputs), strict=True):
+            assert torch.equal(first, second)
+
+
+@gpu
+def test_more_elements_than_an_int32_counts():
+    """The last image of a projection of 2^31 elements, against that image alone."""
+    heads, head_dim, tokens = 16, 64, 100
+    images = 2**31 // (3 * heads * head_dim * tokens) + 2
+    projection, tables, _, _, do = packed_inputs((tokens,), heads, head_dim, torch.bfloat16)
+    many = projection.repeat(images, 1, 1, 1)
+    assert many.numel() > 2**31
+    cu_seqlens = torch.arange(images + 1, dtype=torch.int32, device=DEVICE) * tokens
+    actual = run(many, [table.repeat(images, 1) for table in tables], cu_seqlens, tokens, do.repeat(images, 1, 1))
+    expected = run(projection, tables, cu_seqlens[:2], tokens, do)
+    assert torch.equal(actual[0][-tokens:], expected[0])
+    assert torch.equal(actual[1][-tokens:], expected[1])
