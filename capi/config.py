@@ -64,8 +64,8 @@ class DataConfig:
     """Loader processes per rank; 0 loads in the training process."""
     hf_split: str = "train"
     """Split of a Hugging Face data set."""
-    image_key: str = "image"
-    """Column (hf) or file extension (wds; 'auto' takes any image extension) that holds the image."""
+    image_key: str = "auto"
+    """Column (hf; auto is "image") or file extension (wds; auto is any image extension) that holds the image."""
     shuffle_buffer: int = 10000
     """Samples that a streamed source shuffles among."""
     synthetic_size: int = 8192

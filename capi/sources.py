@@ -205,7 +205,7 @@ def open_source(config: Config) -> IndexedSource | ShardedSource:
     if kind == "wds" and place:
         return TarShards(place, data.image_key)
     if kind == "hf" and place:
-        return HubShards(place, data.hf_split, data.image_key)
+        return HubShards(place, data.hf_split, "image" if data.image_key == "auto" else data.image_key)
     raise ValueError(f"data.source must be synthetic, folder:PATH, hf:NAME or wds:PATTERN, got {data.source}")
 
 

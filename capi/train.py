@@ -181,7 +181,7 @@ def train(config: Config, world: World) -> int:
         (run_dir / "config.yaml").write_text(to_yaml(config))
     if start < config.optim.steps:
         streams = checkpoint["streams"] if checkpoint else []
-        stream_state = streams[world.rank] if world.rank < len(streams) else None
+        stream_state = streams[world.rank % len(streams)] if streams else None
         with logging_redirect_tqdm():  # a log line does not break the progress bar
             signum = _run_steps(trainer, start, stream_state, run_dir)
         if signum is not None:
