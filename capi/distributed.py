@@ -43,6 +43,7 @@ def join_world(device: str) -> Iterator[World]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if use_gpu else "gloo")
     try:
         yield World(dist.get_rank(), dist.get_world_size(), place)
+        dist.barrier()  # a rank that leaves early would break the connections that others still read from
     finally:
         dist.destroy_process_group()
 

@@ -278,7 +278,9 @@ def test_two_processes_train_as_one(arguments, tmp_path) -> None:
     assert main([*arguments, *options, "--run.output_dir", str(tmp_path / "one")]) == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
     command += ["--standalone", "-m", "capi.train", *arguments, *options, "--run.output_dir", str(tmp_path / "two")]
-    subprocess.run(command, check=True, capture_output=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert run.returncode == 0, run.stderr
     one = load_newest_checkpoint(tmp_path / "one")["trainer"]["model"]
     two = load_newest_checkpoint(tmp_path / "two")["trainer"]["model"]
     for name, tensor in one.items():
