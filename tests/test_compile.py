@@ -58,6 +58,19 @@ def operands() -> dict[str, tuple]:
             OPS.student_loss.default,
             *(predictions, torch.rand(3, 9, generator=generator), None, None, None, None, 1.0, 0.12),
         ),
+        "student, bfloat16": (
+            OPS.student_loss.default,
+            *(
+                predictions.detach().bfloat16().requires_grad_(),
+                torch.rand(3, 9, generator=generator),
+                None,
+                None,
+                None,
+                None,
+                1.0,
+                0.12,
+            ),
+        ),
         "student, potentials": (OPS.student_loss.default, predictions, logits, *potentials, rows, 0.1, 0.12),
     }
 

@@ -146,6 +146,10 @@ def test_many_iterations_do_not_drift(form: str, shape: tuple[int, ...], monkeyp
     torch.testing.assert_close(out.sum(-1), torch.ones(shape[:2], device=DEVICE))
 
 
+def test_moving_a_factor_between_potentials_keeps_the_weight_of_eps(form: str) -> None:
+    assert_defined(draw(1, 3, 40), 7, 0.1)
+
+
 def views() -> dict[str, Tensor]:
     packed = draw(3, 3, 2, 5, 7, dtype=torch.float16)
     return {
