@@ -148,6 +148,13 @@ class RunConfig:
     """auto takes the GPU where there is one."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Compute type; weights stay fp32. auto is bf16 on a GPU that has it, else fp32."""
+    micro_batch_size: int | None = None
+    """Most images of a rank that pass through the model at a time; None takes all of them. Fewer need less memory:
+    Sinkhorn still balances the whole batch, and gradients are accumulated."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Fuse the pointwise work with torch.compile; auto does on a GPU."""
+    checkpoint_activations: bool = False
+    """Recompute what is cheap in the backward pass instead of keeping it: less memory, more time."""
     log_every: int = 20
     """Steps between two lines of metrics."""
     checkpoint_every: int = 1000
@@ -170,6 +177,12 @@ class Config:
     clustering: ClusteringConfig = field(default_factory=ClusteringConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+
+def micro_batch_size(config: Config, world_size: int = 1) -> int:
+    """Images per rank that pass through the model at a time."""
+    local = config.optim.batch_size // world_size
+    return local if config.run.micro_batch_size is None else min(config.run.micro_batch_size, local)
 
 
 PRESETS = Path(__file__).parent / "presets"
@@ -235,6 +248,9 @@ def check_config(config: Config, world_size: int = 1) -> None:
         raise ValueError(
             f"optim.batch_size must be a positive multiple of the {world_size} processes, got {optim.batch_size}"
         )
+    local, micro = optim.batch_size // world_size, config.run.micro_batch_size
+    if micro is not None and (micro < 1 or local % min(micro, local)):
+        raise ValueError(f"run.micro_batch_size must divide the {local} images of a rank, got {micro}")
     if optim.steps < 1:
         raise ValueError(f"optim.steps must be at least 1, got {optim.steps}")
     for name in ("log_every", "checkpoint_every", "keep_checkpoints", "max_nan_steps"):
