@@ -2,7 +2,7 @@
 
 from capi_kernels import reference
 from capi_kernels._rotary import apply_rotary, rotary_tables
-from capi_kernels.clustering import clustering_head
+from capi_kernels.clustering import clustering_head, clustering_targets
 from capi_kernels.masked_cross_attention import masked_cross_attention
 from capi_kernels.reference import ClusteringHead, Potentials, TargetRows
 from capi_kernels.sinkhorn import assignments_from_potentials, sinkhorn_positionwise, sinkhorn_potentials
@@ -16,6 +16,7 @@ __all__ = [
     "apply_rotary",
     "assignments_from_potentials",
     "clustering_head",
+    "clustering_targets",
     "masked_cross_attention",
     "reference",
     "rotary_tables",

@@ -72,6 +72,30 @@ def check_index(name: str, index: Tensor, below: int, like: tuple[str, Tensor]) 
             raise ValueError(f"{name} must be in [0, {below}), got values from {low} to {high}")
 
 
+def check_chosen(
+    name: str, rows: Tensor, potentials: tuple[Tensor, Tensor, Tensor], prototypes: int, like: tuple[str, Tensor]
+) -> None:
+    """Potentials of [positions, images, prototypes], and image * positions + position of rows chosen of these."""
+    column_max, column, row = potentials
+    check_tensor("row", row, "positions images")
+    positions, images = row.shape
+    for potential, x in (("column_max", column_max), ("column", column)):
+        check_shape(potential, x, positions=positions, prototypes=prototypes)
+    for potential, x in (("column_max", column_max), ("column", column), ("row", row)):
+        check_device(potential, x, like)
+    check_index(name, rows, positions * images, like)
+
+
+def check_chosen_logits(name: str, logits: Tensor, row: Tensor, rows: Tensor, prototypes: int) -> None:
+    """Logits of all rows that `row` [positions, images] has, or of the chosen ones alone."""
+    if logits.ndim == 2:
+        check_tensor(name, logits, "selected prototypes")
+        check_shape(name, logits, selected=len(rows), prototypes=prototypes)
+    else:
+        check_tensor(name, logits, "positions images prototypes")
+        check_shape(name, logits, positions=row.shape[0], images=row.shape[1], prototypes=prototypes)
+
+
 def check_heads(name: str, x: Tensor, tokens: str) -> None:
     check_tensor(name, x, f"{tokens} heads head_dim")
     check_not_empty(name, heads=x.shape[1], head_dim=x.shape[2])

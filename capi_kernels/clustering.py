@@ -14,11 +14,14 @@ from collections.abc import Iterator
 from itertools import chain, count, repeat
 
 import torch
+import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 
 from capi_kernels._checks import (
+    check_chosen,
     check_device,
     check_index,
     check_not_empty,
@@ -42,6 +45,14 @@ from capi_kernels.sinkhorn import (
 Blocks = Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]  # assignments, rows, logits, features: [p, rows, ...] each
 
 
+def normalised(features: Tensor, dtype: torch.dtype) -> Tensor:
+    """Features divided by their length in float32 or wider, in `dtype`, contiguous."""
+    wide = torch.promote_types(features.dtype, torch.float32)
+    features = torch.empty(features.shape, dtype=wide, device=features.device).copy_(features)
+    norm = torch.linalg.vector_norm(features, dim=-1, keepdim=True).clamp_min_(1e-7)
+    return features.div_(norm).to(dtype)
+
+
 class StreamedLinear:
     """normalise(features) weight^T + bias, a chunk of positions at a time, into one buffer."""
 
@@ -53,11 +64,7 @@ class StreamedLinear:
 
     def __call__(self, start: int) -> tuple[Tensor, Tensor]:
         """Logits [p, images, prototypes] and normalised features [p, images, dim] of the positions from `start` on."""
-        features = self.features[start : start + self.chunk]
-        wide = torch.promote_types(features.dtype, torch.float32)
-        features = torch.empty(features.shape, dtype=wide, device=features.device).copy_(features)
-        norm = torch.linalg.vector_norm(features, dim=-1, keepdim=True).clamp_min_(1e-7)
-        features = features.div_(norm).to(self.dtype)
+        features = normalised(self.features[start : start + self.chunk], self.dtype)
         logits = self.buffer[: len(features)]
         tokens = features.flatten(0, 1)
         if self.bias is None:
@@ -269,6 +276,22 @@ class _ClusteringHead(torch.autograd.Function):
     backward = staticmethod(once_differentiable(_backward))
 
 
+def _check_linear(features: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    check_tensor("weight", weight, "prototypes dim")
+    prototypes = len(weight)
+    check_not_empty("weight", prototypes=prototypes)
+    check_shape("weight", weight, prototypes=prototypes, dim=features.shape[-1])
+    check_device("weight", weight, ("features", features))
+    if bias is not None:
+        check_tensor("bias", bias, "prototypes", like=("weight", weight))
+        check_shape("bias", bias, prototypes=prototypes)
+
+
+def _compute_dtype(features: Tensor) -> torch.dtype:
+    device = features.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else features.dtype
+
+
 def clustering_head(
     features: Tensor,
     weight: Tensor,
@@ -304,8 +327,8 @@ def clustering_head(
 
     Returns:
         ClusteringHead(loss, targets [selected, prototypes] in the order of `rows` or None, potentials of the
-        assignments, as from `sinkhorn_potentials` of [positions, images, prototypes] or, together,
-        [positions * images, prototypes]).
+        assignments, as from `sinkhorn_potentials` of [positions, images, prototypes]; together, all positions have
+        the same columns).
 
     Raises:
         TypeError: features, weight or bias that are not floating point, rows that are not int32 or int64.
@@ -316,14 +339,7 @@ def clustering_head(
     check_tensor("features", features, "positions images dim")
     positions, images, dim = features.shape
     check_not_empty("features", positions=positions, images=images, dim=dim)
-    check_tensor("weight", weight, "prototypes dim")
-    prototypes = len(weight)
-    check_not_empty("weight", prototypes=prototypes)
-    check_shape("weight", weight, prototypes=prototypes, dim=dim)
-    check_device("weight", weight, ("features", features))
-    if bias is not None:
-        check_tensor("bias", bias, "prototypes", like=("weight", weight))
-        check_shape("bias", bias, prototypes=prototypes)
+    _check_linear(features, weight, bias)
     if rows is not None:
         check_index("rows", rows, positions * images, ("features", features))
     check_positive(target_temperature=target_temperature, prediction_temperature=prediction_temperature)
@@ -331,8 +347,6 @@ def clustering_head(
     process_group = group_name(resolve_group(process_group))
     if position_chunk is not None and position_chunk < 1:
         raise ValueError(f"position_chunk must be at least 1, got {position_chunk}")
-    device_type = features.device.type
-    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else features.dtype
     loss, targets, column_max, column, row, _, _ = _ClusteringHead.apply(
         features,
         weight,
@@ -345,6 +359,53 @@ def clustering_head(
         positionwise,
         position_chunk,
         process_group,
-        dtype,
+        _compute_dtype(features),
     )
+    if not positionwise:
+        column_max, column = column_max.expand(positions, -1), column.expand(positions, -1)
+        row = row.view(positions, images)
     return ClusteringHead(loss, None if rows is None else targets, Potentials(column_max, column, row))
+
+
+@torch.no_grad()
+def clustering_targets(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    potentials: Potentials,
+    rows: Tensor,
+    *,
+    target_temperature: float = 0.06,
+) -> Float[Tensor, "selected prototypes"]:
+    """Targets of `clustering_head` for chosen rows, from its potentials and the features of these rows alone.
+
+    The logits are computed as in the head, in the dtype of the features (under autocast, its dtype), so that the
+    targets are the head's own but for the rounding of a matrix product of another shape. No gradient.
+
+    Args:
+        features: [selected, dim], those of the rows, in their order; any floating dtype and strides, of any length.
+        weight, bias: [prototypes, dim] and [prototypes] or None, as the head had them.
+        potentials: those that the head returned.
+        rows: int32 or int64 [selected], image * positions + position, as for the head.
+        target_temperature: that of the head.
+
+    Returns:
+        Targets [selected, prototypes] in float32 (float64 for float64), in the order of `rows`.
+
+    Raises:
+        TypeError: features, weight or bias that are not floating point, rows that are not int32 or int64.
+        ValueError: other shapes or devices, an empty axis but the rows', rows out of range (looked at on a CPU,
+            uncompiled), a temperature that is not positive and finite.
+    """
+    check_tensor("features", features, "selected dim")
+    selected, dim = features.shape
+    check_not_empty("features", dim=dim)
+    _check_linear(features, weight, bias)
+    check_chosen("rows", rows, potentials, len(weight), ("features", features))
+    check_shape("rows", rows, selected=selected)
+    check_positive(target_temperature=target_temperature)
+    dtype = _compute_dtype(features)
+    with torch.autocast(features.device.type, enabled=False):
+        logits = F.linear(normalised(features, dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    wide = torch.promote_types(dtype, torch.float32)
+    return torch.ops.capi_kernels.assignments_from_potentials(logits, *potentials, rows, target_temperature, wide)

@@ -102,7 +102,14 @@ def head_rows_kernel(
             logits = load_row(row_logits_ptr, prototypes, 1, EVEN, BLOCK_PROTOTYPES)
         position = tl.cast(index // images, tl.int64)
         M = row_exponentials(
-            logits, column_max_ptr, column_ptr, position, prototypes, target_log2_scale, EVEN, BLOCK_PROTOTYPES
+            logits,
+            column_max_ptr,
+            column_ptr,
+            position * prototypes,
+            prototypes,
+            target_log2_scale,
+            EVEN,
+            BLOCK_PROTOTYPES,
         )
         row = tl.load(row_ptr + index)
         row = updated(row, row * tl.sum(M, 0), eps, limit)

@@ -27,7 +27,7 @@ class Potentials(NamedTuple):
 class TargetRows(NamedTuple):
     """Rows of a Sinkhorn assignment that are computed where they are needed rather than stored."""
 
-    logits: Float[Tensor, "positions images prototypes"]
+    logits: Float[Tensor, "positions images prototypes"] | Float[Tensor, "selected prototypes"]
     potentials: Potentials
     rows: Int[Tensor, " selected"]  # image * positions + position
     temperature: float
@@ -96,20 +96,29 @@ def sinkhorn_potentials(
 
 
 def assignments_from_potentials(
-    logits: Float[Tensor, "*slices images prototypes"],
+    logits: Float[Tensor, "*slices images prototypes"] | Float[Tensor, "selected prototypes"],
     potentials: Potentials,
     rows: Int[Tensor, " selected"] | None = None,
     *,
     temperature: float = 1.0,
 ) -> Float[Tensor, "*rows prototypes"]:
-    """exp((logits - column_max) / temperature) * column * row of all rows, or of image * positions + position each."""
+    """exp((logits - column_max) / temperature) * column * row of all rows, or of image * positions + position each.
+
+    Logits [selected, prototypes] are those of the chosen rows themselves.
+    """
     column_max, column, row = potentials
     column_max, column, row = column_max.unsqueeze(-2), column.unsqueeze(-2), row.unsqueeze(-1)
     if rows is not None:
-        image, position = rows // len(logits), rows % len(logits)
-        column_max, column = column_max[position, 0], column[position, 0]
-        logits, row = logits[position, image], row[position, image]
+        image, position = rows // len(row), rows % len(row)
+        column_max, column, row = column_max[position, 0], column[position, 0], row[position, image]
+        logits = logits[position, image] if logits.ndim == 3 else logits
     return (torch.exp((logits.to(column.dtype) - column_max) / temperature) * column * row).to(logits.dtype)
+
+
+def _clustering_logits(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    features = F.normalize(features.detach(), dim=-1, eps=1e-7)
+    logits = F.linear(features, weight.to(features.dtype), None if bias is None else bias.to(features.dtype))
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def clustering_head(
@@ -127,9 +136,7 @@ def clustering_head(
     process_group: ProcessGroup | Literal["world"] | None = "world",
 ) -> ClusteringHead:
     """Cross-entropy between a linear layer's logits on L2-normalised features and their own Sinkhorn assignment."""
-    features = F.normalize(features.detach(), dim=-1, eps=1e-7)
-    logits = F.linear(features, weight.to(features.dtype), None if bias is None else bias.to(features.dtype))
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = _clustering_logits(features, weight, bias)
     slices = logits.detach() if positionwise else logits.detach().flatten(0, 1)
     options = {"temperature": target_temperature, "process_group": process_group}
     potentials = sinkhorn_potentials(slices, n_iterations, eps, **options)
@@ -137,7 +144,24 @@ def clustering_head(
     loss = -(targets * F.log_softmax(logits / prediction_temperature, dim=-1)).sum(-1).mean()
     # rows count image by image, the slices position by position.
     selected = None if rows is None else targets.transpose(0, 1).flatten(0, 1)[rows]
+    if not positionwise:  # Every position has the columns of all.
+        column_max, column = (x.expand(len(logits), -1) for x in potentials[:2])
+        potentials = Potentials(column_max, column, potentials.row.view(logits.shape[:2]))
     return ClusteringHead(loss, selected, potentials)
+
+
+def clustering_targets(
+    features: Float[Tensor, "selected dim"],
+    weight: Float[Tensor, "prototypes dim"],
+    bias: Float[Tensor, " prototypes"] | None,
+    potentials: Potentials,
+    rows: Int[Tensor, " selected"],
+    *,
+    target_temperature: float = 0.06,
+) -> Float[Tensor, "selected prototypes"]:
+    """The targets of `clustering_head` from its potentials and the features of the chosen rows alone."""
+    logits = _clustering_logits(features, weight, bias)
+    return assignments_from_potentials(logits, potentials, rows, temperature=target_temperature).detach()
 
 
 def student_loss(

@@ -18,7 +18,9 @@ from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from capi_kernels._checks import (
-    check_index,
+    check_chosen,
+    check_chosen_logits,
+    check_device,
     check_not_empty,
     check_positive,
     check_sinkhorn_options,
@@ -165,7 +167,8 @@ torch.library.define(
 ASSIGNMENTS_OP = "capi_kernels::assignments_from_potentials"
 torch.library.define(
     ASSIGNMENTS_OP,
-    "(Tensor logits, Tensor column_max, Tensor column, Tensor row, Tensor? rows, float temperature) -> Tensor",
+    "(Tensor logits, Tensor column_max, Tensor column, Tensor row, Tensor? rows, float temperature, ScalarType dtype)"
+    " -> Tensor",
 )
 
 
@@ -201,29 +204,43 @@ def _(logits, n_iterations, eps, temperature, process_group, assign):
     return logits.new_empty(logits.shape if assign else 0), *potentials
 
 
-@torch.library.impl(ASSIGNMENTS_OP, "CPU")
-def _(logits, column_max, column, row, rows, temperature):
-    column_max, column, row = column_max.unsqueeze(-2), column.unsqueeze(-2), row.unsqueeze(-1)
-    if rows is not None:
-        image, position = rows // len(logits), rows % len(logits)
-        column_max, column = column_max[position, 0], column[position, 0]
-        logits, row = logits[position, image], row[position, image]
-    E = logits - column_max
+def chosen_rows(logits: Tensor, potentials: Potentials, rows: Tensor) -> tuple[Tensor, Potentials]:
+    """Logits, column_max and column [selected, prototypes] and row [selected, 1] of the rows chosen."""
+    column_max, column, row = potentials
+    image, position = rows // len(row), rows % len(row)
+    logits = logits[position, image] if logits.ndim == 3 else logits
+    return logits, Potentials(column_max[position], column[position], row[position, image].unsqueeze(1))
+
+
+def assignments(logits: Tensor, potentials: Potentials, temperature: float) -> Tensor:
+    """Those of logits [..., images, prototypes] with potentials of as many axes, in a new contiguous tensor."""
+    column_max, column, row = potentials
+    E = torch.empty(logits.shape, dtype=torch.promote_types(logits.dtype, column_max.dtype))
+    torch.sub(logits, column_max, out=E)
     _exponential_(E, temperature)
-    return E.mul_(column * math.exp(-HEADROOM)).mul_(row).to(logits.dtype)
+    return E.mul_(column * math.exp(-HEADROOM)).mul_(row)
+
+
+@torch.library.impl(ASSIGNMENTS_OP, "CPU")
+def _(logits, column_max, column, row, rows, temperature, dtype):
+    if rows is None:
+        potentials = Potentials(column_max.unsqueeze(-2), column.unsqueeze(-2), row.unsqueeze(-1))
+    else:
+        logits, potentials = chosen_rows(logits, Potentials(column_max, column, row), rows)
+    return assignments(logits, potentials, temperature).to(dtype)
 
 
 @torch.library.impl(ASSIGNMENTS_OP, "CUDA")
-def _(logits, column_max, column, row, rows, temperature):
+def _(logits, column_max, column, row, rows, temperature, dtype):
     from capi_kernels.sinkhorn_triton import assignments
 
     with torch.cuda.device(logits.device):
-        return assignments(logits, Potentials(column_max, column, row), rows, temperature)
+        return assignments(logits, Potentials(column_max, column, row), rows, temperature, dtype)
 
 
 @torch.library.register_fake(ASSIGNMENTS_OP)
-def _(logits, column_max, column, row, rows, temperature):
-    return logits.new_empty(logits.shape if rows is None else (len(rows), logits.shape[-1]))
+def _(logits, column_max, column, row, rows, temperature, dtype):
+    return logits.new_empty(logits.shape if rows is None else (len(rows), logits.shape[-1]), dtype=dtype)
 
 
 def _check(logits: Tensor, n_iterations: int, eps: float, temperature: float) -> None:
@@ -300,10 +317,12 @@ def assignments_from_potentials(
     """Assignments exp((logits - column_max) / temperature) * column * row, of all rows or of chosen ones.
 
     Args:
-        logits: [..., images, prototypes]; with `rows` [positions, images, prototypes].
-        potentials: as from `sinkhorn_potentials`, of the same rows: column_max and column [..., prototypes], row
-            [..., images].
-        rows: int32 or int64 [selected], image * positions + position of the rows wanted; None takes all.
+        logits: [..., images, prototypes], any floating dtype and strides; with `rows` [positions, images, prototypes],
+            or [selected, prototypes], those of the chosen rows alone, in their order.
+        potentials: as from `sinkhorn_potentials` or `clustering_head`: column_max and column [..., prototypes], row
+            [..., images]; with `rows` [positions, prototypes] and [positions, images].
+        rows: int32 or int64 [selected], image * positions + position of the rows wanted, in any order, with repeats;
+            None takes all.
         temperature: the one of the potentials.
 
     Returns:
@@ -312,15 +331,19 @@ def assignments_from_potentials(
 
     Raises:
         TypeError: logits that are not floating point, rows that are not int32 or int64.
-        ValueError: potentials of another shape, rows out of range (looked at on a CPU, uncompiled), a temperature that
-            is not positive and finite.
+        ValueError: no prototype, logits or potentials of another shape or device, rows out of range (looked at on a
+            CPU, uncompiled), a temperature that is not positive and finite.
     """
-    check_tensor("logits", logits, "... images prototypes" if rows is None else "positions images prototypes")
+    check_tensor("logits", logits, "... images prototypes")
+    check_not_empty("logits", prototypes=logits.shape[-1])
     check_positive(temperature=temperature)
     *slices, images, prototypes = logits.shape
-    for name, x, last in zip(Potentials._fields, potentials, (prototypes, prototypes, images), strict=True):
-        if tuple(x.shape) != (*slices, last):
-            raise ValueError(f"{name} must have the shape {(*slices, last)}, got {tuple(x.shape)}")
-    if rows is not None:
-        check_index("rows", rows, slices[0] * images, ("logits", logits))
-    return torch.ops.capi_kernels.assignments_from_potentials(logits, *potentials, rows, temperature)
+    if rows is None:
+        for name, x, last in zip(Potentials._fields, potentials, (prototypes, prototypes, images), strict=True):
+            if tuple(x.shape) != (*slices, last):
+                raise ValueError(f"{name} must have the shape {(*slices, last)}, got {tuple(x.shape)}")
+            check_device(name, x, ("logits", logits))
+    else:
+        check_chosen("rows", rows, potentials, prototypes, ("logits", logits))
+        check_chosen_logits("logits", logits, potentials.row, rows, prototypes)
+    return torch.ops.capi_kernels.assignments_from_potentials(logits, *potentials, rows, temperature, logits.dtype)

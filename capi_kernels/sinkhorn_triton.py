@@ -204,17 +204,17 @@ def row_exponentials(
     logits,
     column_max_ptr,
     column_ptr,
-    position,
+    offs_position,
     prototypes,
     log2_scale,
     EVEN: tl.constexpr,
     BLOCK_PROTOTYPES: tl.constexpr,
 ):  # [BLOCK_PROTOTYPES]
-    """E c of one image, from its logits."""
+    """E c of one image, from its logits; the columns of its position start at `offs_position`."""
     offs = tl.arange(0, BLOCK_PROTOTYPES)
     mask = (offs < prototypes) | EVEN
-    column_max = tl.load(column_max_ptr + position * prototypes + offs, mask=mask, other=0.0)
-    column = tl.load(column_ptr + position * prototypes + offs, mask=mask, other=0.0)
+    column_max = tl.load(column_max_ptr + offs_position + offs, mask=mask, other=0.0)
+    column = tl.load(column_ptr + offs_position + offs, mask=mask, other=0.0)
     return exponentials(logits, column_max, log2_scale) * column
 
 
@@ -268,7 +268,7 @@ def row_step_kernel(
             image_ptr = logits_ptr + tl.cast(image, tl.int64) * logits_stride_image
             logits = load_row(image_ptr, prototypes, logits_stride_prototype, EVEN, BLOCK_PROTOTYPES)
         E = row_exponentials(
-            logits, column_max_ptr, column_ptr, position, prototypes, log2_scale, EVEN, BLOCK_PROTOTYPES
+            logits, column_max_ptr, column_ptr, position * prototypes, prototypes, log2_scale, EVEN, BLOCK_PROTOTYPES
         )
         row = tl.load(row_ptr + image)
         row = updated(row, row * tl.sum(E, 0), eps, limit)
@@ -324,6 +324,7 @@ def assignments_kernel(
     logits_stride_position,
     logits_stride_image,
     logits_stride_prototype,
+    column_stride_position,
     out_stride_position,
     out_stride_image,
     out_stride_prototype,
@@ -331,22 +332,33 @@ def assignments_kernel(
     eps,
     limit,
     UPDATE_ROW: tl.constexpr,
+    GATHER: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_PROTOTYPES: tl.constexpr,
 ):
-    """One program per row: of all rows, or of those in `rows`, image * positions + position each."""
+    """One program per row: of all rows, or of those in `rows`, image * positions + position each.
+
+    GATHER: the logits are those of all rows; otherwise those of the chosen ones, in their order.
+    """
+    index = tl.program_id(0).to(tl.int64)
     if rows_ptr is None:
         position = (tl.program_id(0) // images).to(tl.int64)
         image = (tl.program_id(0) % images).to(tl.int64)
         out_ptr += position * out_stride_position + image * out_stride_image
     else:
-        chosen = tl.load(rows_ptr + tl.program_id(0)).to(tl.int64)
+        chosen = tl.load(rows_ptr + index).to(tl.int64)
         position = chosen % positions
         image = chosen // positions
-        out_ptr += tl.program_id(0).to(tl.int64) * out_stride_position
-    logits_ptr += position * logits_stride_position + image * logits_stride_image
+        out_ptr += index * out_stride_image
+    if GATHER:
+        logits_ptr += position * logits_stride_position + image * logits_stride_image
+    else:
+        logits_ptr += index * logits_stride_image
     logits = load_row(logits_ptr, prototypes, logits_stride_prototype, EVEN, BLOCK_PROTOTYPES)
-    M = row_exponentials(logits, column_max_ptr, column_ptr, position, prototypes, log2_scale, EVEN, BLOCK_PROTOTYPES)
+    offs_position = position * column_stride_position
+    M = row_exponentials(
+        logits, column_max_ptr, column_ptr, offs_position, prototypes, log2_scale, EVEN, BLOCK_PROTOTYPES
+    )
     row = tl.load(row_ptr + position * images + image)
     if UPDATE_ROW:
         row = updated(row, row * tl.sum(M, 0), eps, limit)
@@ -544,6 +556,22 @@ def balance(
         row_step(logits, potentials, eps, temperature, column_sums=False)
 
 
+def row_strides(x: Tensor) -> tuple[int, int, int]:
+    """Strides of the axes [positions, images, prototypes]; rows without positions lie along the images."""
+    return x.stride() if x.ndim == 3 else (0, *x.stride())
+
+
+def readable(potentials: Potentials) -> Potentials:
+    """In float32, contiguous but for columns that all positions share: these stay one, with stride 0."""
+    column_max, column, row = (x.float() for x in potentials)
+    positions = len(row)
+    if column_max.stride(0) == column.stride(0) == 0 and positions > 0:
+        column_max, column = (x[:1].contiguous().expand(positions, -1) for x in (column_max, column))
+    else:
+        column_max, column = column_max.contiguous(), column.contiguous()
+    return Potentials(column_max, column, row.contiguous())
+
+
 def write_assignments(
     logits: Tensor,
     potentials: Potentials,
@@ -556,11 +584,11 @@ def write_assignments(
 ) -> None:
     """Write assignments of all rows to `out` [positions, images, prototypes], after the rows' last update if it is due.
 
-    With `rows` (image * positions + position), of these alone, to `out` [selected, prototypes].
+    With `rows` (image * positions + position), of these alone, to `out` [selected, prototypes]; the logits then are
+    those of all rows or [selected, prototypes] too.
     """
-    positions, images, prototypes = logits.shape
+    (positions, images), prototypes = potentials.row.shape, logits.shape[-1]
     assert rows is None or not update_row, "a row chosen twice would be updated twice"
-    out_strides = out.stride() if rows is None else (out.stride(0), 0, out.stride(1))
     assignments_kernel[(out.numel() // prototypes,)](
         logits,
         *potentials,
@@ -569,12 +597,14 @@ def write_assignments(
         positions,
         images,
         prototypes,
-        *logits.stride(),
-        *out_strides,
+        *row_strides(logits),
+        potentials.column.stride(0),
+        *row_strides(out),
         log2_scale(temperature),
         eps,
         ROW_LIMIT,
         UPDATE_ROW=update_row,
+        GATHER=logits.ndim == 3,
         **rows_config(prototypes),
     )
 
@@ -603,15 +633,19 @@ def balanced(
     return out, Potentials(*(x.view(*slices, x.shape[-1]) for x in potentials))
 
 
-def assignments(logits: Tensor, potentials: Potentials, rows: Tensor | None, temperature: float) -> Tensor:
-    """Those of all rows of [..., images, prototypes] logits, or of chosen ones of [positions, images, prototypes]."""
+def assignments(
+    logits: Tensor, potentials: Potentials, rows: Tensor | None, temperature: float, dtype: torch.dtype
+) -> Tensor:
+    """Those of all rows of logits [..., images, prototypes], or of chosen ones, given with all or by themselves."""
     check_supported("logits", logits.dtype, logits.shape[-1])
+    if rows is not None:
+        out = torch.empty((len(rows), logits.shape[-1]), dtype=dtype, device=logits.device)
+        write_assignments(logits, readable(potentials), out, temperature, rows=rows.contiguous())
+        return out
     z = _positions_first(logits)
-    shape = logits.shape if rows is None else (len(rows), logits.shape[-1])
-    out = torch.empty(shape, dtype=logits.dtype, device=logits.device)
-    potentials = Potentials(*(x.float().contiguous() for x in potentials))
-    rows = rows if rows is None else rows.contiguous()
-    write_assignments(z, potentials, out.view(z.shape) if rows is None else out, temperature, rows=rows)
+    out = torch.empty(logits.shape, dtype=dtype, device=logits.device)
+    potentials = Potentials(*(x.reshape(len(z), x.shape[-1]) for x in potentials))
+    write_assignments(z, readable(potentials), out.view(z.shape), temperature)
     return out
 
 
@@ -652,10 +686,17 @@ def _compile_cases() -> list[tuple]:
                 step = types | {"column_parts_ptr": "*fp32", "COLUMN_SUMS": sums}
                 what = f"{name}{', column sums' if sums else ''}"
                 cases.append(compile_case(what, row_step_kernel, step, row_step_config(prototypes, itemsize)))
-            for rows, update in ((None, True), (None, False), ("*i64", False)):
-                out = {"out_ptr": dtype, "out_stride_position": "i32", "out_stride_image": "i32"}
+            for rows, gather, update in (
+                (None, True, True),
+                (None, True, False),
+                ("*i64", True, False),
+                ("*i64", False, False),
+            ):
+                out = {"out_ptr": "*fp32" if rows else dtype, "out_stride_position": "i32", "out_stride_image": "i32"}
                 out |= {"out_stride_prototype": 1, "positions": "i32", "rows_ptr": rows, "UPDATE_ROW": update}
+                out |= {"GATHER": gather, "column_stride_position": "i32"}
                 what = f"{name}{', last row sums' if update else ''}{', chosen rows' if rows else ''}"
+                what += "" if gather else " given"
                 cases.append(compile_case(what, assignments_kernel, types | out, rows_config(prototypes)))
     for update in (True, False):
         types = common | {"parts_ptr": "*fp32", "out_ptr": "*fp32", "parts": "i32", "length": "i32", "UPDATE": update}

@@ -12,9 +12,18 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from capi_kernels._checks import check_device, check_index, check_not_empty, check_positive, check_shape, check_tensor
+from capi_kernels._checks import (
+    check_chosen,
+    check_chosen_logits,
+    check_device,
+    check_not_empty,
+    check_positive,
+    check_shape,
+    check_tensor,
+)
 from capi_kernels.clustering import soft_cross_entropy_
 from capi_kernels.reference import Potentials, TargetRows
+from capi_kernels.sinkhorn import assignments, chosen_rows
 
 BLOCK_BYTES = 1 << 20  # Rows that stay in a core's cache between the passes over them.
 
@@ -39,9 +48,9 @@ def _(logits, targets, column_max, column, row, rows, target_temperature, temper
             if rows is None:
                 t = targets[here].to(wide).contiguous()
             else:
-                image, position = rows[here] // len(targets), rows[here] % len(targets)
-                t = targets[position, image].to(wide).sub_(column_max[position]).div_(target_temperature).exp_()
-                t.mul_(column[position]).mul_(row[position, image].unsqueeze(1))
+                teacher = targets if targets.ndim == 3 else targets[here]
+                chosen = chosen_rows(teacher, Potentials(column_max, column, row), rows[here])
+                t = assignments(*chosen, target_temperature).to(wide)
             z = torch.empty(t.shape, dtype=wide).copy_(logits[here])
             block_loss, block_dz = soft_cross_entropy_(t, z, temperature)
             loss += block_loss
@@ -99,9 +108,8 @@ def student_loss(logits: Tensor, targets: Tensor | TargetRows, temperature: floa
         logits: [predicted, prototypes], any floating dtype and strides. All is computed in float32 (float64 for
             float64), also under autocast.
         targets: [predicted, prototypes], any floating dtype and strides, without gradient; they need not sum to 1. Or
-            TargetRows(logits [positions, images, prototypes], potentials as from `sinkhorn_potentials` of them, rows
-            int32 or int64 [predicted] with image * positions + position, temperature): the assignments of these rows,
-            computed where they are needed.
+            TargetRows(logits, potentials, rows, temperature), the arguments of `assignments_from_potentials`: the
+            assignments of these rows, computed where they are needed.
         temperature: divides the logits.
 
     Returns:
@@ -121,15 +129,10 @@ def student_loss(logits: Tensor, targets: Tensor | TargetRows, temperature: floa
         check_device("targets", targets, ("logits", logits))
         check_shape("targets", targets, predicted=predicted, prototypes=prototypes)
         return _StudentLoss.apply(logits, targets, None, None, None, None, 1.0, temperature)[0]
-    teacher, (column_max, column, row), rows, target_temperature = targets
-    check_tensor("targets.logits", teacher, "positions images prototypes")
-    check_device("targets.logits", teacher, ("logits", logits))
-    positions, images, _ = teacher.shape
-    check_shape("targets.logits", teacher, positions=positions, images=images, prototypes=prototypes)
-    check_shape("column_max", column_max, positions=positions, prototypes=prototypes)
-    check_shape("column", column, positions=positions, prototypes=prototypes)
-    check_shape("row", row, positions=positions, images=images)
-    check_index("targets.rows", rows, positions * images, ("logits", logits))
+    teacher, potentials, rows, target_temperature = targets
+    check_chosen("targets.rows", rows, potentials, prototypes, ("logits", logits))
     check_shape("targets.rows", rows, predicted=predicted)
+    check_chosen_logits("targets.logits", teacher, potentials.row, rows, prototypes)
+    check_device("targets.logits", teacher, ("logits", logits))
     check_positive(**{"targets.temperature": target_temperature})
-    return _StudentLoss.apply(logits, teacher, column_max, column, row, rows, target_temperature, temperature)[0]
+    return _StudentLoss.apply(logits, teacher, *potentials, rows, target_temperature, temperature)[0]

@@ -21,7 +21,9 @@ from capi_kernels.sinkhorn_triton import (
     compile_case,
     load_row,
     log2_scale,
+    readable,
     row_exponentials,
+    row_strides,
     rows_config,
 )
 
@@ -45,13 +47,18 @@ def student_rows_kernel(
     targets_stride_position,
     targets_stride_image,
     targets_stride_prototype,
+    column_stride_position,
     target_log2_scale,
     log2_scale,
     temperature,
+    GATHER: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_PROTOTYPES: tl.constexpr,
 ):
-    """One program per prediction; with `rows` (image * positions + position) `targets` are the teacher's logits."""
+    """One program per prediction; with `rows` (image * positions + position) `targets` are the teacher's logits.
+
+    GATHER: those of all rows; otherwise those of the chosen ones, in their order.
+    """
     index = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK_PROTOTYPES)
     mask = (offs < prototypes) | EVEN
@@ -64,10 +71,14 @@ def student_rows_kernel(
         chosen = tl.load(rows_ptr + index).to(tl.int64)
         position = chosen % positions
         image = chosen // positions
-        targets_ptr += position * targets_stride_position + image * targets_stride_image
+        if GATHER:
+            targets_ptr += position * targets_stride_position + image * targets_stride_image
+        else:
+            targets_ptr += index * targets_stride_image
+        offs_position = position * column_stride_position
         teacher = load_row(targets_ptr, prototypes, targets_stride_prototype, EVEN, BLOCK_PROTOTYPES)
         M = row_exponentials(
-            teacher, column_max_ptr, column_ptr, position, prototypes, target_log2_scale, EVEN, BLOCK_PROTOTYPES
+            teacher, column_max_ptr, column_ptr, offs_position, prototypes, target_log2_scale, EVEN, BLOCK_PROTOTYPES
         )
         targets = M * tl.load(row_ptr + position * images + image)
     loss, dz = soft_cross_entropy(logits, targets, log2_scale, temperature, mask)
@@ -88,11 +99,10 @@ def student_loss(
     check_supported("logits", logits.dtype, prototypes)
     loss = torch.empty((predicted,), dtype=torch.float32, device=logits.device)
     dz = torch.empty((predicted, prototypes), dtype=logits.dtype, device=logits.device)
-    if rows is None:
-        targets = targets.unsqueeze(0)
-    else:
-        potentials, rows = Potentials(*(x.float().contiguous() for x in potentials)), rows.contiguous()
-    positions, images, _ = targets.shape
+    positions = images = column_stride = None
+    if rows is not None:
+        potentials, rows = readable(potentials), rows.contiguous()
+        (positions, images), column_stride = potentials.row.shape, potentials.column.stride(0)
     student_rows_kernel[(predicted,)](
         logits,
         targets,
@@ -104,10 +114,12 @@ def student_loss(
         images,
         prototypes,
         *logits.stride(),
-        *targets.stride(),
+        *row_strides(targets),
+        column_stride,
         log2_scale(target_temperature),
         log2_scale(temperature),
         temperature,
+        GATHER=targets.ndim == 3,
         **rows_config(prototypes),
     )
     return loss.mean(), dz
@@ -118,15 +130,18 @@ def _compile_cases() -> list[tuple]:
     types = TYPES | {"positions": "i32", "target_log2_scale": "fp32", "temperature": "fp32", "loss_ptr": "*fp32"}
     types |= {f"{name}_stride_{axis}": "i32" for name in ("logits", "targets") for axis in ("row", "position", "image")}
     types |= {"logits_stride_prototype": 1, "targets_stride_prototype": 1}
-    given = dict.fromkeys(("column_max_ptr", "column_ptr", "row_ptr", "rows_ptr"))
+    given = dict.fromkeys(("column_max_ptr", "column_ptr", "row_ptr", "rows_ptr", "positions", "images"))
+    given["column_stride_position"] = None
     for dtype in ("bf16", "fp16", "fp32"):
         for prototypes in (16384, 16000, 4096, 1000):
             config, name = rows_config(prototypes), f"{dtype}, {prototypes} prototypes"
             types |= {"logits_ptr": f"*{dtype}", "dz_ptr": f"*{dtype}"}
-            stored = types | {"targets_ptr": "*fp32"} | given
-            made = types | {"targets_ptr": f"*{dtype}", "rows_ptr": "*i64"}
+            stored = types | {"targets_ptr": "*fp32", "GATHER": False} | given
+            made = types | {"targets_ptr": f"*{dtype}", "rows_ptr": "*i64", "column_stride_position": "i32"}
             cases.append(compile_case(f"{name}, targets given", student_rows_kernel, stored, config))
-            cases.append(compile_case(f"{name}, targets of potentials", student_rows_kernel, made, config))
+            for gather in (True, False):
+                what = f"{name}, targets of potentials{'' if gather else ', own logits'}"
+                cases.append(compile_case(what, student_rows_kernel, made | {"GATHER": gather}, config))
     return cases
 
 

@@ -7,7 +7,15 @@ import torch.nn.functional as F
 from numerics import assert_as_accurate, peak_allocation
 from torch import Tensor
 
-from capi_kernels import clustering_head, reference, sinkhorn, sinkhorn_positionwise, sinkhorn_potentials
+from capi_kernels import (
+    assignments_from_potentials,
+    clustering_head,
+    clustering_targets,
+    reference,
+    sinkhorn,
+    sinkhorn_positionwise,
+    sinkhorn_potentials,
+)
 
 # positions, images, prototypes, dim
 SHAPES = [(1, 1, 1, 1), (1, 5, 7, 3), (6, 4, 9, 5), (5, 16, 40, 8)]
@@ -105,10 +113,78 @@ def test_potentials_are_those_of_sinkhorn() -> None:
     logits = F.normalize(features, dim=-1) @ weight.T + bias
     for positionwise, slices in [(True, logits), (False, logits.flatten(0, 1))]:
         expected = sinkhorn_potentials(slices, temperature=0.06)
+        if not positionwise:
+            shapes = zip(expected, ((6, 9), (6, 9), (6, 4)), strict=True)
+            expected = [x.expand(shape) if len(x) == 9 else x.view(shape) for x, shape in shapes]
         for chunk in (1, 4, 6):
             head = clustering_head(features, weight, bias, positionwise=positionwise, position_chunk=chunk)
             for actual, potential in zip(head.potentials, expected, strict=True):
                 torch.testing.assert_close(actual, potential, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("positionwise", [True, False], ids=["positionwise", "together"])
+def test_targets_of_rows_from_their_features_and_the_potentials(positionwise: bool) -> None:
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        features, weight, bias, rows = draw(5, 16, 40, 8, dtype=dtype)
+        own = features[rows % 5, rows // 5]
+        for b in (bias, None):
+            head = clustering_head(features, weight, b, rows, positionwise=positionwise)
+            actual = clustering_targets(own, weight, b, head.potentials, rows)
+            assert actual.dtype == dtype
+            torch.testing.assert_close(actual, head.targets, rtol=0, atol=tolerance)
+            assert (actual - head.targets.roll(1, 0)).abs().amax(1).min() > 1e-2
+            wide = [x if x is None else x.double() for x in (own, weight, b)]
+            potentials = type(head.potentials)(*(x.double() for x in head.potentials))
+            oracle = reference.clustering_targets(*wide, potentials, rows)
+            same_dtype = reference.clustering_targets(own, weight, b, head.potentials, rows)
+            torch.testing.assert_close(actual.double(), oracle, rtol=0, atol=tolerance)
+            torch.testing.assert_close(same_dtype.double(), oracle, rtol=0, atol=tolerance)
+            oracle = reference.clustering_head(
+                *[x if x is None else x.double() for x in (features, weight, b)], rows, positionwise=positionwise
+            )
+            wide_targets = reference.clustering_targets(*wide, oracle.potentials, rows)
+            torch.testing.assert_close(wide_targets, oracle.targets, rtol=0, atol=1e-12)
+
+
+def test_targets_of_rows_are_computed_in_the_dtype_of_the_features() -> None:
+    features, weight, bias, rows = draw(5, 16, 40, 8)
+    own = features[rows % 5, rows // 5]
+    head = clustering_head(features.bfloat16(), weight, bias, rows)
+    expected = clustering_targets(own.bfloat16(), weight, bias, head.potentials, rows)
+    assert expected.dtype == torch.float32
+    torch.testing.assert_close(expected, head.targets, rtol=0, atol=1e-5)
+    logits = F.linear(F.normalize(own.bfloat16().float()).bfloat16(), weight.bfloat16(), bias.bfloat16())
+    assert (clustering_targets(own, weight, bias, head.potentials, rows) - head.targets).abs().max() > 1e-3
+    by_hand = assignments_from_potentials(logits.float(), head.potentials, rows, temperature=0.06)
+    torch.testing.assert_close(expected, by_hand, rtol=0, atol=0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        autocast = clustering_targets(own.bfloat16().float(), weight.requires_grad_(), bias, head.potentials, rows)
+    assert torch.equal(autocast, expected)
+    assert not autocast.requires_grad
+    other = clustering_head(features, weight, bias, rows, target_temperature=0.2)
+    actual = clustering_targets(own, weight, bias, other.potentials, rows, target_temperature=0.2)
+    torch.testing.assert_close(actual, other.targets, rtol=0, atol=1e-5)
+
+
+def test_bad_arguments_of_targets() -> None:
+    features, weight, bias, rows = draw(6, 4, 9, 5)
+    potentials = clustering_head(features, weight, bias).potentials
+    good = {"features": features[rows % 6, rows // 6], "weight": weight, "bias": bias, "potentials": potentials}
+    good["rows"] = rows
+    column = potentials._replace(column=potentials.row)
+    cases = [
+        (ValueError, r"features must have the axes \[selected, dim\], got shape \(6, 4, 5\)", {"features": features}),
+        (ValueError, r"weight must have the shape \[prototypes=9, dim=5\], got \(9, 4\)", {"weight": weight[:, :4]}),
+        (ValueError, r"bias must have the shape \[prototypes=9\], got \(8,\)", {"bias": bias[:8]}),
+        (ValueError, r"column must have the shape \[positions=6, prototypes=9\]", {"potentials": column}),
+        (ValueError, r"rows must have the shape \[selected=11\], got \(10,\)", {"rows": rows[1:]}),
+        (ValueError, r"rows must be in \[0, 24\), got values from", {"rows": rows + 24}),
+        (TypeError, "rows must be torch.int32 or torch.int64, got torch.bool", {"rows": rows.bool()}),
+        (ValueError, "target_temperature must be positive and finite, got 0.0", {"target_temperature": 0.0}),
+    ]
+    for error, message, bad in cases:
+        with pytest.raises(error, match=message):
+            clustering_targets(**(good | bad))
 
 
 def test_no_rows_and_zero_rows() -> None:

@@ -146,6 +146,7 @@ def test_potentials_are_those_of_sinkhorn() -> None:
     for positionwise, slices in ((True, logits), (False, logits.flatten(0, 1))):
         expected = reference.sinkhorn_potentials(slices.double(), temperature=0.06)
         actual = run(features, weight, bias, None, positionwise, 2)
+        assert actual["row"].shape == slices.shape[:-1]
         product = actual["column"].unsqueeze(-2) * actual["row"].unsqueeze(-1)
         expected_product = expected.column.unsqueeze(-2) * expected.row.unsqueeze(-1)
         torch.testing.assert_close(product.double(), expected_product, rtol=1e-4, atol=0)

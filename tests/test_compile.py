@@ -45,8 +45,19 @@ def operands() -> dict[str, tuple]:
     return {
         "sinkhorn": (OPS.sinkhorn.default, logits, 3, 1e-8, 0.1, None, True),
         "sinkhorn, potentials": (OPS.sinkhorn.default, logits.transpose(0, 1), 3, 1e-8, 0.1, None, False),
-        "assignments": (OPS.assignments_from_potentials.default, logits, *potentials, None, 0.1),
-        "assignments, rows": (OPS.assignments_from_potentials.default, logits, *potentials, rows, 0.1),
+        "assignments": (
+            OPS.assignments_from_potentials.default,
+            logits.mT.contiguous().mT,
+            *potentials,
+            None,
+            0.1,
+            torch.float32,
+        ),
+        "assignments, rows": (OPS.assignments_from_potentials.default, logits, *potentials, rows, 0.1, torch.float16),
+        "assignments, own logits": (
+            OPS.assignments_from_potentials.default,
+            *(predictions.detach().half(), *potentials, rows, 0.1, torch.float32),
+        ),
         "head": (OPS.clustering_head.default, features, *leaves, rows, *head, True, None, None, torch.float32),
         "head, together": (OPS.clustering_head.default, features, *leaves, None, *head, False, 1, None, torch.float32),
         "head, bfloat16": (
@@ -72,6 +83,10 @@ def operands() -> dict[str, tuple]:
             ),
         ),
         "student, potentials": (OPS.student_loss.default, predictions, logits, *potentials, rows, 0.1, 0.12),
+        "student, own logits": (
+            OPS.student_loss.default,
+            *(predictions, predictions.detach().half(), *potentials, rows, 0.1, 0.12),
+        ),
     }
 
 
@@ -98,18 +113,21 @@ def test_shapes_on_a_gpu_without_one() -> None:
 COMPILED = """
 import torch
 from capi_kernels import (
-    TargetRows, assignments_from_potentials, clustering_head, sinkhorn_positionwise, sinkhorn_potentials, student_loss
+    TargetRows, assignments_from_potentials, clustering_head, clustering_targets, sinkhorn_positionwise,
+    sinkhorn_potentials, student_loss
 )
 
 def step(features, weight, bias, rows, predictions, logits):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         head = clustering_head(features.sin(), weight * 2, bias, rows)
+        own = features.sin()[rows % 2, rows // 2]
+        again = clustering_targets(own, weight * 2, bias, head.potentials, rows)
     targets = sinkhorn_positionwise(logits, temperature=0.1)
     potentials = sinkhorn_potentials(logits, temperature=0.1)
     chosen = assignments_from_potentials(logits, potentials, rows, temperature=0.1)
     loss = student_loss(predictions * 3, head.targets)
     loss = loss + student_loss(predictions * 2, TargetRows(logits, potentials, rows, 0.1))
-    return head.loss + loss, targets.sum() + chosen.sum()
+    return head.loss + loss, targets.sum() + chosen.sum(), again
 
 compilations = 0
 def backend(graph, inputs):
@@ -128,8 +146,8 @@ for images in (5, 6, 7):
     rows = torch.tensor([3, 9, 3])
     results = []
     for function in (step, compiled):
-        loss, total = function(features, weight, bias, rows, predictions, logits)
-        results.append((loss, total, *torch.autograd.grad(loss, leaves)))
+        loss, *others = function(features, weight, bias, rows, predictions, logits)
+        results.append((loss, *others, *torch.autograd.grad(loss, leaves)))
     for actual, expected in zip(*results):
         torch.testing.assert_close(actual, expected)
     counts.append(compilations)

@@ -72,6 +72,16 @@ def test_clustering_head_is_linear_sinkhorn_and_cross_entropy() -> None:
         torch.testing.assert_close(target, assignments[position, image], rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("positionwise", [True, False])
+def test_clustering_targets_are_those_of_the_head(positionwise: bool) -> None:
+    features, weight, bias, rows = draw(3, 4, 5), draw(6, 5), draw(6), torch.tensor([11, 0, 4])
+    _, targets, potentials = reference.clustering_head(features, weight, bias, rows, positionwise=positionwise)
+    assert [x.shape for x in potentials] == [(3, 6), (3, 6), (3, 4)]
+    own = features[[2, 0, 1], [3, 0, 1]]
+    again = reference.clustering_targets(own, weight, bias, potentials, rows)
+    torch.testing.assert_close(again, targets, rtol=0, atol=1e-14)
+
+
 def test_gradients_by_finite_differences() -> None:
     cu_q, cu_k = torch.tensor([0, 2, 2, 3], dtype=torch.int32), torch.tensor([0, 3, 4, 4], dtype=torch.int32)
     kv_index = torch.tensor([1, 0, 0])

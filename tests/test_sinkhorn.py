@@ -52,16 +52,29 @@ def test_assignments_and_potentials_match_the_definition(shape: tuple[int, ...],
                 assert_as_accurate(actual, same_dtype, oracle)
 
 
-def test_assignments_of_chosen_rows() -> None:
-    logits = draw(5, 6, 7)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_chosen_rows_of_all_logits_and_of_their_own(dtype: torch.dtype) -> None:
+    """Unsorted rows with repeats; once with columns that all positions share."""
+    logits = draw(5, 6, 7, dtype=dtype)
     potentials = sinkhorn_potentials(logits, temperature=0.1)
-    position, image = torch.tensor([4, 0, 4, 2]), torch.tensor([1, 5, 1, 0])
-    chosen = Potentials(
-        potentials.column_max[position], potentials.column[position], potentials.row[position, image].unsqueeze(1)
+    column_max, column, row = sinkhorn_potentials(logits.flatten(0, 1), temperature=0.1)
+    together = Potentials(column_max.expand(5, -1), column.expand(5, -1), row.view(5, 6))
+    rows = torch.tensor([29, 0, 7, 7, 13])  # image * 5 + position
+    own = logits[rows % 5, rows // 5]
+    for given in (potentials, together):
+        everything = assignments_from_potentials(logits, given, temperature=0.1)
+        expected = everything[[4, 0, 2, 2, 3], [5, 0, 1, 1, 2]]
+        for x, index in ((logits, rows), (own, rows), (own.T.contiguous().T, rows.int()), (logits, rows.int())):
+            assert torch.equal(assignments_from_potentials(x, given, index, temperature=0.1), expected)
+        wide = Potentials(*(x.double() for x in given))
+        for x in (logits, own):
+            oracle = reference.assignments_from_potentials(x.double(), wide, rows, temperature=0.1)
+            torch.testing.assert_close(expected.double(), oracle, rtol=4 * torch.finfo(dtype).eps, atol=1e-4)
+        assert assignments_from_potentials(own[:0], given, rows[:0], temperature=0.1).shape == (0, 7)
+    assert torch.equal(
+        assignments_from_potentials(logits.flatten(0, 1), Potentials(column_max, column, row), temperature=0.1),
+        assignments_from_potentials(logits, together, temperature=0.1).flatten(0, 1),
     )
-    rows = assignments_from_potentials(logits[position, image].unsqueeze(1), chosen, temperature=0.1).squeeze(1)
-    expected = assignments_from_potentials(logits, potentials, temperature=0.1)[position, image]
-    torch.testing.assert_close(rows, expected, rtol=0, atol=0)
 
 
 @pytest.mark.usefixtures("chunk_bytes")
@@ -212,3 +225,22 @@ def test_bad_potentials() -> None:
         assignments_from_potentials(logits, potentials._replace(row=potentials.column))
     with pytest.raises(ValueError, match="temperature must be positive and finite, got nan"):
         assignments_from_potentials(logits, potentials, temperature=math.nan)
+    rows = torch.tensor([5, 0])
+    flat = sinkhorn_potentials(logits.flatten(0, 1))
+    cases = [
+        (r"row must have the axes \[positions, images\], got shape \(6,\)", logits, flat, rows),
+        (r"column must have the shape \[positions=2, prototypes=4\], got \(2, 3\)", logits, "column", rows),
+        (r"logits must have the shape \[selected=2, prototypes=4\], got \(3, 4\)", logits[0], potentials, rows),
+        (r"logits must have the shape \[positions=2, images=3, proto", logits[:, 1:], potentials, rows),
+        (r"logits must have the axes \[positions, images, proto", logits[None], potentials, rows),
+        (r"rows must be in \[0, 6\), got values from 0 to 6", logits, potentials, rows + torch.tensor([1, 0])),
+        ("row must be on the device of logits, cpu, got meta", logits, "row", rows),
+        ("at least one element on the axis prototypes, got 0", logits[..., :0], potentials, None),
+    ]
+    for message, bad, given, index in cases:
+        if given == "column":
+            given = potentials._replace(column=potentials.row)
+        if given == "row":
+            given = potentials._replace(row=potentials.row.to("meta"))
+        with pytest.raises(ValueError, match=message):
+            assignments_from_potentials(bad, given, index)

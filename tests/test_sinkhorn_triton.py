@@ -42,7 +42,7 @@ def run(logits: Tensor, n_iterations: int = 3, eps: float = 1e-8, temperature: f
     nothing, potentials = balanced(logits, n_iterations, eps, temperature, None, False)
     assert nothing is None
     assert {x.dtype for x in potentials} == {torch.float32}
-    return [out, assignments(logits, potentials, None, temperature)]
+    return [out, assignments(logits, potentials, None, temperature, logits.dtype)]
 
 
 def assert_defined(logits: Tensor, *options: float) -> Tensor:
@@ -175,15 +175,25 @@ def test_strided_logits_equal_contiguous_ones_and_are_not_copied(name: str) -> N
 
 
 def test_assignments_of_chosen_rows() -> None:
+    """Of all logits, and of their own, unsorted with repeats; once with columns that all positions share."""
     logits = draw(6, 5, 7).transpose(0, 1)  # [positions, images, prototypes]
     _, potentials = balanced(logits, 3, 1e-8, 0.1, None, False)
-    everything = assignments(logits, potentials, None, 0.1)
+    _, (column_max, column, row) = balanced(logits.flatten(0, 1), 3, 1e-8, 0.1, None, False)
+    together = Potentials(column_max.expand(5, -1), column.expand(5, -1), row.view(5, 6))
     rows = torch.tensor([29, 0, 7, 7, 13], device=DEVICE)  # image * 5 + position
-    for index in (rows, rows.int(), rows.expand(2, 5).T[:, 0]):
-        chosen = assignments(logits, potentials, index, 0.1)
-        assert torch.equal(chosen, everything[rows % 5, rows // 5])
-    oracle = reference.assignments_from_potentials(logits, potentials, rows, temperature=0.1)
-    torch.testing.assert_close(chosen, oracle)
+    own = logits[rows % 5, rows // 5]
+    strided = draw(7, 5).T.copy_(own)
+    for given in (potentials, together, together._replace(column=together.column.contiguous())):
+        everything = assignments(logits, given, None, 0.1, torch.float32)
+        expected = everything[[4, 0, 2, 2, 3], [5, 0, 1, 1, 2]]
+        oracle = reference.assignments_from_potentials(logits, given, rows, temperature=0.1)
+        torch.testing.assert_close(expected, oracle)
+        for index in (rows, rows.int(), rows.expand(2, 5).T[:, 0]):
+            for x in (logits, own, strided):
+                assert torch.equal(assignments(x, given, index, 0.1, torch.float32), expected)
+    half = assignments(own.half(), potentials, rows, 0.1, torch.float32)
+    torch.testing.assert_close(half, assignments(own.half().float(), potentials, rows, 0.1, torch.float32))
+    assert assignments(own[:0], potentials, rows[:0], 0.1, torch.float32).shape == (0, 7)
 
 
 def test_positions_are_independent_and_bits_repeat(form: str) -> None:

@@ -11,6 +11,7 @@ from capi_kernels import Potentials, TargetRows, reference, sinkhorn_potentials,
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(1, 1), (5, 1), (1, 7), (9, 37), (3, 64), (4, 1025)]  # predictions, prototypes
+KINDS = ["given", "of_potentials", "own_logits"]
 MODULE = sys.modules["capi_kernels.student_loss"]  # the package's attribute of this name is the function
 
 
@@ -30,9 +31,19 @@ def draw_rows(predicted: int, prototypes: int, dtype: torch.dtype = torch.float6
     return TargetRows(logits.to(DEVICE), Potentials(*(x.to(DEVICE) for x in potentials)), rows.to(DEVICE), 0.2)
 
 
-def draw_cases(shape: tuple[int, int], dtype: torch.dtype, made: bool) -> list[tuple[Tensor, Tensor | TargetRows]]:
+def with_their_own_logits(targets: TargetRows) -> TargetRows:
+    """The same rows, whose logits alone are given, prototypes first in memory."""
+    own = targets.logits[targets.rows % 3, targets.rows // 3]
+    return targets._replace(logits=own.T.contiguous().T)
+
+
+def draw_cases(shape: tuple[int, int], dtype: torch.dtype, kind: str) -> list[tuple[Tensor, Tensor | TargetRows]]:
     cases = [draw(*shape, dtype, seed) for seed in range(8)]
-    return [(x, draw_rows(*shape, dtype, seed) if made else t) for seed, (x, t) in enumerate(cases)]
+    if kind == "given":
+        return cases
+    rows = [draw_rows(*shape, dtype, seed) for seed in range(8)]
+    rows = [with_their_own_logits(x) for x in rows] if kind == "own_logits" else rows
+    return [(logits, targets) for (logits, _), targets in zip(cases, rows, strict=True)]
 
 
 def widened(targets: Tensor | TargetRows, dtype: torch.dtype) -> Tensor | TargetRows:
@@ -91,21 +102,20 @@ def test_by_hand() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("made", [False, True], ids=["given", "of_potentials"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_loss_and_gradient_match_the_definition(
-    shape: tuple[int, int], dtype: torch.dtype, made: bool, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, int], dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(MODULE, "BLOCK_BYTES", 4 * 4 * shape[1])  # four rows
-    assert_defined(partial(run, student_loss), draw_cases(shape, dtype, made))
-    assert_defined(partial(run, student_loss), draw_cases(shape, dtype, made), 0.7)
+    assert_defined(partial(run, student_loss), draw_cases(shape, dtype, kind))
+    assert_defined(partial(run, student_loss), draw_cases(shape, dtype, kind), 0.7)
 
 
-@pytest.mark.parametrize("made", [False, True], ids=["given", "of_potentials"])
-def test_float64(made: bool) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_float64(kind: str) -> None:
     if DEVICE == "cuda":
         pytest.skip("the kernels compute in float32")
-    logits, targets = draw(9, 37)
-    targets = draw_rows(9, 37) if made else targets
+    logits, targets = draw_cases((9, 37), torch.float64, kind)[0]
     for actual, oracle in zip(
         run(student_loss, logits, targets), run(reference.student_loss, logits, targets), strict=True
     ):
@@ -117,10 +127,10 @@ def test_float64(made: bool) -> None:
 @pytest.mark.parametrize(
     "dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu), torch.float32], ids=str
 )
-@pytest.mark.parametrize("made", [False, True], ids=["given", "of_potentials"])
-def test_kernel_matches_the_definition(shape: tuple[int, int], dtype: torch.dtype, made: bool) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_kernel_matches_the_definition(shape: tuple[int, int], dtype: torch.dtype, kind: str) -> None:
     pytest.importorskip("triton")
-    cases = draw_cases(shape, dtype, made)
+    cases = draw_cases(shape, dtype, kind)
     assert_defined(on_kernels, cases)
     first, second = (on_kernels(*cases[0]) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
@@ -149,7 +159,7 @@ def test_extremes(kernel: bool, dtype: torch.dtype) -> None:
     if kernel:
         pytest.importorskip("triton")
     run_ours = on_kernels if kernel else partial(run, student_loss)
-    cases = draw_cases((4, 9), dtype, False)
+    cases = draw_cases((4, 9), dtype, "given")
     for logits, targets in cases:
         logits[0] = 1e4 * logits[0].sign()
         logits[1] = -1e4
@@ -207,6 +217,9 @@ def test_targets_made_of_potentials_equal_stored_ones() -> None:
     stored = reference.assignments_from_potentials(rows.logits, rows.potentials, rows.rows, temperature=0.2)
     for x, y in zip(run(student_loss, logits, rows), run(student_loss, logits, stored), strict=True):
         torch.testing.assert_close(x, y)
+    own = with_their_own_logits(rows)
+    for x, y in zip(run(student_loss, logits, rows), run(student_loss, logits, own), strict=True):
+        assert torch.equal(x, y)
     wrong = rows._replace(rows=(rows.rows + 1) % 12)
     assert (run(student_loss, logits, wrong)[0] - run(student_loss, logits, rows)[0]).abs() > 1e-2
 
@@ -232,7 +245,9 @@ def test_bad_arguments() -> None:
         (ValueError, "targets must be on the device of logits", logits, targets.to("meta"), 0.1),
         (ValueError, "temperature must be positive and finite, got 0.0", logits, targets, 0.0),
         (ValueError, "targets.logits must have the shape", logits, rows._replace(logits=rows.logits[..., 1:]), 0.1),
-        (ValueError, "targets.logits must have the axes", logits, rows._replace(logits=rows.logits[0]), 0.1),
+        (ValueError, r"targets.logits must have the shape \[sel", logits, rows._replace(logits=rows.logits[0]), 0.1),
+        (ValueError, "targets.logits must have the axes", logits, rows._replace(logits=rows.logits[None]), 0.1),
+        (TypeError, "targets.logits must be floating", logits, rows._replace(logits=rows.logits.long()), 0.1),
         (TypeError, "targets.rows must be torch.int32 or", logits, rows._replace(rows=rows.rows.bool()), 0.1),
         (
             ValueError,
