@@ -37,6 +37,7 @@ from capi_kernels.sinkhorn import (
     balance,
     exponentials,
     group_name,
+    keep_autocast_off,
     named_group,
     positions_per_chunk,
     rows_per_block,
@@ -178,25 +179,24 @@ def _stream(
     shapes = ((slices, prototypes), (slices, prototypes), (slices, tokens // slices))
     potentials = Potentials(*(features.new_ones(shape, dtype=wide) for shape in shapes))
 
-    with torch.autocast(features.device.type, enabled=False):
-        linear = StreamedLinear(features, weight, bias, dtype, chunk)
-        exps = features.new_empty((chunk, features.shape[1], prototypes), dtype=wide)
-        loss = features.new_zeros((), dtype=torch.float64)
-        dweight = torch.zeros_like(weight, dtype=wide)
-        dbias = weight.new_zeros(prototypes, dtype=wide)
-        start = 0
-        for t, _, logits, f in balance_blocks(
-            linear, exps, potentials, target_temperature, n_iterations, eps, process_group
-        ):
-            t, logits, f = (x.flatten(0, 1) for x in (t, logits, f))
-            if targets is not None:
-                chosen = slice(bisect_left(bounds, start), bisect_left(bounds, start + len(t)))
-                targets.index_copy_(0, order[chosen], t[keys[chosen] - start])
-            start += len(t)
-            block_loss, dlogits = soft_cross_entropy_(t, logits.to(wide), prediction_temperature)
-            loss += block_loss
-            dweight += dlogits.to(dtype).mT @ f
-            dbias += dlogits.sum(0)
+    linear = StreamedLinear(features, weight, bias, dtype, chunk)
+    exps = features.new_empty((chunk, features.shape[1], prototypes), dtype=wide)
+    loss = features.new_zeros((), dtype=torch.float64)
+    dweight = torch.zeros_like(weight, dtype=wide)
+    dbias = weight.new_zeros(prototypes, dtype=wide)
+    start = 0
+    for t, _, logits, f in balance_blocks(
+        linear, exps, potentials, target_temperature, n_iterations, eps, process_group
+    ):
+        t, logits, f = (x.flatten(0, 1) for x in (t, logits, f))
+        if targets is not None:
+            chosen = slice(bisect_left(bounds, start), bisect_left(bounds, start + len(t)))
+            targets.index_copy_(0, order[chosen], t[keys[chosen] - start])
+        start += len(t)
+        block_loss, dlogits = soft_cross_entropy_(t, logits.to(wide), prediction_temperature)
+        loss += block_loss
+        dweight += dlogits.to(dtype).mT @ f
+        dbias += dlogits.sum(0)
     potentials.column.mul_(math.exp(HEADROOM))
     factor = 1 / (prediction_temperature * tokens)
     if not positionwise:
@@ -231,7 +231,7 @@ def _(features, weight, *arguments):
     from capi_kernels import clustering_triton
 
     *arguments, process_group, dtype = arguments
-    with torch.cuda.device(features.device), torch.autocast(features.device.type, enabled=False):
+    with torch.cuda.device(features.device):
         results = clustering_triton.clustering_head(features, weight, *arguments, named_group(process_group), dtype)
     return _outputs(features, weight, results)
 
@@ -262,6 +262,7 @@ def _backward(ctx: FunctionCtx, dloss: Tensor, *_: Tensor | None) -> tuple[Tenso
     return None, *gradients, *[None] * 9
 
 
+keep_autocast_off(OP)
 torch.library.register_autograd(OP, _backward, setup_context=_setup_context)
 
 

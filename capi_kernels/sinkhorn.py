@@ -152,8 +152,7 @@ def _balanced(
     if not slices:
         tensors = (x if x is None else x.unsqueeze(0) for x in tensors)
     z, z_out, *z_potentials = tensors
-    with torch.autocast(logits.device.type, enabled=False):
-        _balance_positions(z, z_out, Potentials(*z_potentials), n_iterations, eps, temperature, process_group, chunk)
+    _balance_positions(z, z_out, Potentials(*z_potentials), n_iterations, eps, temperature, process_group, chunk)
     potentials.column.mul_(math.exp(HEADROOM))
     return out, potentials
 
@@ -170,6 +169,18 @@ torch.library.define(
     "(Tensor logits, Tensor column_max, Tensor column, Tensor row, Tensor? rows, float temperature, ScalarType dtype)"
     " -> Tensor",
 )
+
+
+def keep_autocast_off(name: str) -> None:
+    """The op `name` computes in float32 or wider whatever autocast says."""
+    op = getattr(torch.ops.capi_kernels, name.removeprefix("capi_kernels::"))
+    for device in ("cpu", "cuda"):
+
+        def run(*arguments, device=device):
+            with torch.autocast(device, enabled=False):
+                return op(*arguments)
+
+        torch.library.impl(name, f"Autocast{device.upper()}", run)
 
 
 def group_name(process_group: ProcessGroup | None) -> str | None:
@@ -241,6 +252,10 @@ def _(logits, column_max, column, row, rows, temperature, dtype):
 @torch.library.register_fake(ASSIGNMENTS_OP)
 def _(logits, column_max, column, row, rows, temperature, dtype):
     return logits.new_empty(logits.shape if rows is None else (len(rows), logits.shape[-1]), dtype=dtype)
+
+
+keep_autocast_off(OP)
+keep_autocast_off(ASSIGNMENTS_OP)
 
 
 def _check(logits: Tensor, n_iterations: int, eps: float, temperature: float) -> None:

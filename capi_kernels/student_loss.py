@@ -23,7 +23,7 @@ from capi_kernels._checks import (
 )
 from capi_kernels.clustering import soft_cross_entropy_
 from capi_kernels.reference import Potentials, TargetRows
-from capi_kernels.sinkhorn import assignments, chosen_rows
+from capi_kernels.sinkhorn import assignments, chosen_rows, keep_autocast_off
 
 BLOCK_BYTES = 1 << 20  # Rows that stay in a core's cache between the passes over them.
 
@@ -42,19 +42,18 @@ def _(logits, targets, column_max, column, row, rows, target_temperature, temper
     dz = torch.empty((predicted, prototypes), dtype=logits.dtype)
     loss = torch.zeros((), dtype=torch.float64)
     block = max(1, BLOCK_BYTES // (prototypes * wide.itemsize))
-    with torch.autocast("cpu", enabled=False):
-        for start in range(0, predicted, block):
-            here = slice(start, start + block)
-            if rows is None:
-                t = targets[here].to(wide).contiguous()
-            else:
-                teacher = targets if targets.ndim == 3 else targets[here]
-                chosen = chosen_rows(teacher, Potentials(column_max, column, row), rows[here])
-                t = assignments(*chosen, target_temperature).to(wide)
-            z = torch.empty(t.shape, dtype=wide).copy_(logits[here])
-            block_loss, block_dz = soft_cross_entropy_(t, z, temperature)
-            loss += block_loss
-            dz[here] = block_dz
+    for start in range(0, predicted, block):
+        here = slice(start, start + block)
+        if rows is None:
+            t = targets[here].to(wide).contiguous()
+        else:
+            teacher = targets if targets.ndim == 3 else targets[here]
+            chosen = chosen_rows(teacher, Potentials(column_max, column, row), rows[here])
+            t = assignments(*chosen, target_temperature).to(wide)
+        z = torch.empty(t.shape, dtype=wide).copy_(logits[here])
+        block_loss, block_dz = soft_cross_entropy_(t, z, temperature)
+        loss += block_loss
+        dz[here] = block_dz
     return (loss / predicted).to(wide), dz
 
 
@@ -87,6 +86,7 @@ def _backward(ctx: FunctionCtx, dloss: Tensor, _: Tensor | None) -> tuple[Tensor
     return torch.mul(dz, factor, out=torch.empty_like(dz)), *[None] * 7
 
 
+keep_autocast_off(OP)
 torch.library.register_autograd(OP, _backward, setup_context=_setup_context)
 
 

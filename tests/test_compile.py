@@ -110,6 +110,24 @@ def test_shapes_on_a_gpu_without_one() -> None:
             assert (fake.shape, fake.dtype) == (real.shape, real.dtype), name
 
 
+@pytest.mark.parametrize("device", ["CPU", "CUDA"])
+@pytest.mark.parametrize("case", operands())
+def test_ops_keep_autocast_off(case: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is registered for either autocast, on CPU tensors, turns that one off around the op."""
+    op, *arguments = operands()[case]
+    asked = []
+    autocast = torch.autocast
+    monkeypatch.setattr(
+        torch, "autocast", lambda *args, **options: asked.append((args, options)) or autocast("cpu", enabled=False)
+    )
+    with autocast("cpu", dtype=torch.bfloat16):
+        key = getattr(torch._C.DispatchKey, f"Autocast{device}")
+        actual = op.redispatch(torch._C.DispatchKeySet(key), *arguments)
+    assert asked == [((device.lower(),), {"enabled": False})]
+    for x, y in zip(*((x,) if isinstance(x, Tensor) else x for x in (actual, op(*arguments))), strict=True):
+        assert torch.equal(x, y)
+
+
 COMPILED = """
 import torch
 from capi_kernels import (
@@ -118,16 +136,19 @@ from capi_kernels import (
 )
 
 def step(features, weight, bias, rows, predictions, logits):
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        head = clustering_head(features.sin(), weight * 2, bias, rows)
-        own = features.sin()[rows % 2, rows // 2]
-        again = clustering_targets(own, weight * 2, bias, head.potentials, rows)
+    head = clustering_head(features * 2, weight * 2, bias, rows)
+    own = features[rows % 2, rows // 2]
+    again = clustering_targets(own, weight * 2, bias, head.potentials, rows)
     targets = sinkhorn_positionwise(logits, temperature=0.1)
     potentials = sinkhorn_potentials(logits, temperature=0.1)
     chosen = assignments_from_potentials(logits, potentials, rows, temperature=0.1)
     loss = student_loss(predictions * 3, head.targets)
     loss = loss + student_loss(predictions * 2, TargetRows(logits, potentials, rows, 0.1))
     return head.loss + loss, targets.sum() + chosen.sum(), again
+
+def under_autocast(*arguments):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return step(*arguments)
 
 compilations = 0
 def backend(graph, inputs):
@@ -136,7 +157,7 @@ def backend(graph, inputs):
     from torch._dynamo.backends.debugging import aot_eager
     return aot_eager(graph, inputs)
 
-compiled = torch.compile(step, fullgraph=True, backend=backend)
+compiled = torch.compile(under_autocast, fullgraph=True, backend=backend)
 counts = []
 for images in (5, 6, 7):
     generator = torch.Generator().manual_seed(images)
@@ -145,11 +166,13 @@ for images in (5, 6, 7):
     leaves = [x.requires_grad_() for x in (weight, bias, predictions)]
     rows = torch.tensor([3, 9, 3])
     results = []
-    for function in (step, compiled):
-        loss, *others = function(features, weight, bias, rows, predictions, logits)
+    half = features.bfloat16()  # what autocast makes of features that bfloat16 has
+    for function, given in ((step, half), (under_autocast, half.float()), (compiled, half.float())):
+        loss, *others = function(given, weight, bias, rows, predictions, logits)
         results.append((loss, *others, *torch.autograd.grad(loss, leaves)))
-    for actual, expected in zip(*results):
-        torch.testing.assert_close(actual, expected)
+    for without, under, actual in zip(*results):
+        assert torch.equal(without, under)
+        torch.testing.assert_close(actual, without)
     counts.append(compilations)
 assert counts == [1, 2, 2], counts  # Sizes become symbols when they change for the first time.
 
@@ -182,7 +205,7 @@ def test_torch_func_grad() -> None:
 
 @pytest.mark.parametrize("case", operands())
 def test_what_a_gpu_runs_agrees_in_the_interpreter(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The implementation registered for CUDA, called on CPU tensors, under an autocast that must not reach it."""
+    """The implementation registered for CUDA, called on CPU tensors."""
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("the kernels are compiled for the GPU")
@@ -192,7 +215,7 @@ def test_what_a_gpu_runs_agrees_in_the_interpreter(case: str, monkeypatch: pytes
     expected = op(*arguments)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.no_grad():
         actual = op.redispatch(cuda, *arguments)
     names = [output.name for output in op._schema.returns]
     for name, x, y in zip(names, *((x,) if isinstance(x, Tensor) else x for x in (actual, expected)), strict=True):
