@@ -10,8 +10,9 @@ the last row sums fall to the pass that reads the rows anyway. Never written: E 
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import reduce
+from itertools import pairwise
 from typing import no_type_check
 
 import torch
@@ -609,9 +610,25 @@ def write_assignments(
     )
 
 
-def _positions_first(logits: Tensor) -> Tensor:
-    """[positions, images, prototypes] of any leading axes: a view but where their strides cannot be merged."""
-    return logits.reshape(math.prod(logits.shape[:-2]), *logits.shape[-2:])
+def _merged(logits: Tensor, *others: Tensor, one_by_one: bool = False) -> Iterator[tuple[Tensor, ...]]:
+    """Views [positions, ...] of logits [..., images, prototypes] and of contiguous tensors with the same leading axes.
+
+    One of all positions where the strides of the logits let these axes be one; else, without a copy, of each index of
+    the first axis the same, and so on. `one_by_one` takes them so whatever the strides.
+    """
+    tensors = logits, *others
+    axes = logits.ndim - 2
+    if axes > 1 and (one_by_one or not _is_mergeable(logits)):
+        for part in zip(*tensors, strict=True):
+            yield from _merged(*part, one_by_one=one_by_one)
+    else:
+        yield tuple(x.view(math.prod(x.shape[:axes]), *x.shape[axes:]) for x in tensors)
+
+
+def _is_mergeable(logits: Tensor) -> bool:
+    """Whether the axes before [images, prototypes] can be viewed as one."""
+    axes = [(size, stride) for size, stride in zip(logits.shape[:-2], logits.stride(), strict=False) if size != 1]
+    return logits.numel() == 0 or all(outer[1] == inner[0] * inner[1] for outer, inner in pairwise(axes))
 
 
 def balanced(
@@ -624,13 +641,19 @@ def balanced(
 ) -> tuple[Tensor | None, Potentials]:
     """The assignments of [..., images, prototypes] logits, if wanted, and their potentials."""
     check_supported("logits", logits.dtype, logits.shape[-1])
-    slices, z = logits.shape[:-2], _positions_first(logits)
-    potentials = new_potentials(*z.shape, logits.device)
-    balance(z, potentials, n_iterations, eps, temperature, process_group, last_row=not assign)
+    *slices, images, prototypes = logits.shape
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if assign else None
-    if assign:
-        write_assignments(z, potentials, out.view(z.shape), temperature, eps=eps, update_row=True)
-    return out, Potentials(*(x.view(*slices, x.shape[-1]) for x in potentials))
+    potentials = new_potentials(math.prod(slices), images, prototypes, logits.device)
+    potentials = Potentials(*(x.view(*slices, x.shape[-1]) for x in potentials))
+    # Ranks must cut their reductions alike, and only the shapes, not the strides, are the same on all of them.
+    one_by_one = process_group is not None
+    outs = (out,) if assign else ()
+    for z, column_max, column, row, *z_outs in _merged(logits, *potentials, *outs, one_by_one=one_by_one):
+        z_potentials = Potentials(column_max, column, row)
+        balance(z, z_potentials, n_iterations, eps, temperature, process_group, last_row=not assign)
+        for z_out in z_outs:
+            write_assignments(z, z_potentials, z_out, temperature, eps=eps, update_row=True)
+    return out, potentials
 
 
 def assignments(
@@ -642,10 +665,10 @@ def assignments(
         out = torch.empty((len(rows), logits.shape[-1]), dtype=dtype, device=logits.device)
         write_assignments(logits, readable(potentials), out, temperature, rows=rows.contiguous())
         return out
-    z = _positions_first(logits)
     out = torch.empty(logits.shape, dtype=dtype, device=logits.device)
-    potentials = Potentials(*(x.reshape(len(z), x.shape[-1]) for x in potentials))
-    write_assignments(z, readable(potentials), out.view(z.shape), temperature)
+    potentials = (x.float().contiguous() for x in potentials)
+    for z, z_out, *z_potentials in _merged(logits, out, *potentials):
+        write_assignments(z, Potentials(*z_potentials), z_out, temperature)
     return out
 
 

@@ -64,7 +64,6 @@ def compare_with_one_process(rank: int, world_size: int, folder: Path, kernels: 
     logits[:, images_of(0, world_size), 6] = -torch.inf  # a prototype of which one rank sees nothing
     oracle = reference.sinkhorn_positionwise(logits.double(), 3, temperature=TEMPERATURE, process_group=None)
     single = reference.sinkhorn_positionwise(logits, 3, temperature=TEMPERATURE, process_group=None)
-    potentials = None
     if kernels:
         from capi_kernels.sinkhorn_triton import balanced
 
@@ -73,9 +72,21 @@ def compare_with_one_process(rank: int, world_size: int, folder: Path, kernels: 
             everywhere = [torch.empty_like(potentials[part]) for _ in range(world_size)]
             all_gather(everywhere, potentials[part])
             assert all(torch.equal(potentials[part], x) for x in everywhere)
+
+        def sinkhorn(x: Tensor) -> Tensor:
+            return balanced(x, 3, 1e-8, TEMPERATURE, group.WORLD, True)[0]
+
     else:
-        out = sinkhorn_positionwise(logits[:, mine], 3, temperature=TEMPERATURE)
+
+        def sinkhorn(x: Tensor) -> Tensor:
+            return sinkhorn_positionwise(x, 3, temperature=TEMPERATURE)
+
+        out = sinkhorn(logits[:, mine])
     assert_as_accurate(out, single[:, mine], oracle[:, mine])
+    # Leading axes that can be one on the first rank alone.
+    twice = torch.stack([logits[:, mine], logits[:, mine].flip(0)], dim=min(rank, 1)).transpose(0, min(rank, 1))
+    assert twice.is_contiguous() == (rank == 0)
+    torch.testing.assert_close(sinkhorn(twice), torch.stack([out, out.flip(0)]))
     apart = reference.sinkhorn_positionwise(logits[:, mine], 3, temperature=TEMPERATURE, process_group=None)
     assert not torch.allclose(apart, single[:, mine], atol=1e-2)
 
