@@ -323,8 +323,9 @@ def clustering_head(
         n_iterations, eps, process_group: as in `sinkhorn_positionwise`. The loss is this process's mean.
         positionwise: balance every position apart; otherwise all positions together.
         position_chunk: positions handled at a time, the same on all ranks; by default what fits in a CPU's cache, and
-            on a GPU 1 GiB of logits but at most a quarter of the free memory (over a group, 16 positions). Changes
-            memory, speed and the rounding of the gradients.
+            on a GPU 1 GiB of logits but at most a quarter of the free memory (over a group, of the rank with least;
+            agreeing on it waits for the GPU where the group has no backend for CPU tensors). Changes memory, speed and
+            the rounding of the gradients.
 
     Returns:
         ClusteringHead(loss, targets [selected, prototypes] in the order of `rows` or None, potentials of the

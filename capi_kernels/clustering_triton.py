@@ -19,6 +19,7 @@ from torch.distributed import ProcessGroup
 
 from capi_kernels.clustering import StreamedLinear
 from capi_kernels.reference import Potentials
+from capi_kernels.sinkhorn import largest
 from capi_kernels.sinkhorn_triton import (
     ROW_LIMIT,
     TYPES,
@@ -35,7 +36,6 @@ from capi_kernels.sinkhorn_triton import (
 )
 
 LOGITS_BYTES = 1 << 30  # Enough positions at a time for full matrix products, few enough to matter little.
-GROUP_POSITION_CHUNK = 16
 
 
 def head_rows_config(prototypes: int, itemsize: int) -> dict[str, int | bool]:
@@ -177,15 +177,22 @@ class _Blocks:
             yield logits, self.row[:, start * images :][:, : logits.shape[1]]
 
 
-def default_position_chunk(features: Tensor, prototypes: int, dtype: torch.dtype, grouped: bool) -> int:
-    """What fits in a quarter of the free memory, up to LOGITS_BYTES; a constant where ranks have to agree on it."""
-    if grouped:
-        return GROUP_POSITION_CHUNK
-    free = LOGITS_BYTES
-    if features.is_cuda:
-        cached = torch.cuda.memory_reserved(features.device) - torch.cuda.memory_allocated(features.device)
-        free = min(free, (torch.cuda.mem_get_info(features.device)[0] + cached) // 4)
-    return max(1, free // (features.shape[1] * prototypes * dtype.itemsize))
+def logits_bytes(device: torch.device) -> int:
+    """What the logits of a chunk may take: a quarter of the free memory, up to LOGITS_BYTES."""
+    if device.type != "cuda":
+        return LOGITS_BYTES
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(LOGITS_BYTES, (torch.cuda.mem_get_info(device)[0] + cached) // 4)
+
+
+def default_position_chunk(
+    features: Tensor, prototypes: int, dtype: torch.dtype, process_group: ProcessGroup | None
+) -> int:
+    """How many positions fit, on the rank with most images in the memory of the rank with least: all have to agree."""
+    # Asked anew at every call: free memory changes, and a rank that skipped the reduction would leave the others in it.
+    values = [features.shape[1], -logits_bytes(features.device)]
+    images, minus_bytes = largest(values, process_group, features.device)
+    return max(1, -minus_bytes // (images * prototypes * dtype.itemsize))
 
 
 def clustering_head(
@@ -206,7 +213,7 @@ def clustering_head(
     positions, images, dim = features.shape
     prototypes, tokens, device = len(weight), positions * images, features.device
     check_supported("features", dtype, prototypes)
-    chunk = position_chunk or default_position_chunk(features, prototypes, dtype, process_group is not None)
+    chunk = position_chunk or default_position_chunk(features, prototypes, dtype, process_group)
     targets = chosen = chosen_start = None
     if rows is not None:
         # rows count image by image, the stream position by position.

@@ -14,7 +14,7 @@ from itertools import chain, repeat
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.distributed import ProcessGroup, ReduceOp, all_reduce
+from torch.distributed import ProcessGroup, ReduceOp, all_reduce, get_backend_config
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from capi_kernels._checks import (
@@ -87,12 +87,18 @@ def exponentials(
         yield block
 
 
+def largest(values: list[int], process_group: ProcessGroup | None, device: torch.device) -> list[int]:
+    """The largest of each value over the ranks; no rank waits for its GPU where the group reduces on CPUs as well."""
+    if process_group is None:
+        return values
+    x = torch.tensor(values, device="cpu" if "cpu:" in get_backend_config(process_group) else device)
+    all_reduce(x, ReduceOp.MAX, process_group)
+    return x.tolist()
+
+
 def positions_per_chunk(images: int, prototypes: int, itemsize: int, process_group: ProcessGroup | None) -> int:
     """How many positions fit in CHUNK_BYTES on the rank with most images: ranks must cut their reductions alike."""
-    if process_group is not None:
-        most = torch.tensor(images)
-        all_reduce(most, ReduceOp.MAX, process_group)
-        images = int(most)
+    (images,) = largest([images], process_group, torch.device("cpu"))
     return max(1, CHUNK_BYTES // (images * prototypes * itemsize))
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from numerics import assert_as_accurate
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from capi_kernels import Potentials, clustering_triton, reference, sinkhorn_potentials, sinkhorn_triton
+from capi_kernels import Potentials, clustering_triton, reference, sinkhorn, sinkhorn_potentials, sinkhorn_triton
 from capi_kernels.clustering_triton import clustering_head, head_rows
 
 pytestmark = pytest.mark.usefixtures("guarded_memory")
@@ -186,11 +187,25 @@ def test_rows_write_their_gradient_over_the_logits_and_nothing_else() -> None:
 def test_position_chunks_fit_in_their_bytes() -> None:
     features = torch.zeros(256, 512, 1, device=DEVICE)
     chunk = clustering_triton.default_position_chunk
-    assert chunk(features, 16384, torch.bfloat16, True) == clustering_triton.GROUP_POSITION_CHUNK
     if DEVICE == "cpu":
-        assert chunk(features, 16384, torch.bfloat16, False) == 64
-        assert chunk(features, 16384, torch.float32, False) == 32
-        assert chunk(features.expand(-1, -1, 1).repeat(1, 64, 1), 16384, torch.float32, False) == 1
+        assert chunk(features, 16384, torch.bfloat16, None) == 64
+        assert chunk(features, 16384, torch.float32, None) == 32
+        assert chunk(features.expand(-1, -1, 1).repeat(1, 64, 1), 16384, torch.float32, None) == 1
+
+
+@pytest.mark.parametrize(("backends", "device"), [("cpu:gloo,cuda:nccl", "cpu"), ("cuda:nccl", "meta")])
+def test_ranks_agree_on_a_cpu_where_they_can(backends: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Reduced(Exception):
+        pass
+
+    def all_reduce(x: Tensor, op, group) -> None:
+        assert x.device.type == device
+        raise Reduced
+
+    monkeypatch.setattr(sinkhorn, "get_backend_config", lambda group: backends)
+    monkeypatch.setattr(sinkhorn, "all_reduce", all_reduce)
+    with pytest.raises(Reduced):
+        sinkhorn.largest([3, -4], ProcessGroup(0, 2), torch.device("meta"))  # which stands for a GPU
 
 
 def test_a_batch_gathered_over_many_steps_is_balanced_whole() -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from numerics import assert_as_accurate
 from torch import Tensor
-from torch.distributed import ReduceOp, all_gather, all_reduce, group
+from torch.distributed import ReduceOp, all_gather, all_reduce, get_rank, get_world_size, group
 
 from capi_kernels import clustering_head, reference, sinkhorn_positionwise
 
@@ -48,8 +48,14 @@ def head_on_cpu(features: Tensor, weight: Tensor, bias: Tensor, rows: Tensor, po
 def head_on_kernels(features: Tensor, weight: Tensor, bias: Tensor, rows: Tensor, positionwise: bool) -> dict:
     from capi_kernels import clustering_triton
 
+    rank, world_size = get_rank(), get_world_size()
+    most = max(images_of(rank, world_size).stop - images_of(rank, world_size).start for rank in range(world_size))
+    # The first rank, which has the fewest images, has memory for two positions of the most.
+    clustering_triton.logits_bytes = lambda device: 4 * PROTOTYPES * (2 * most + rank * 100)
+    assert clustering_triton.default_position_chunk(features, PROTOTYPES, torch.float32, group.WORLD) == 2
+    assert clustering_triton.default_position_chunk(features, PROTOTYPES, torch.float32, None) > 2
     results = clustering_triton.clustering_head(
-        features, weight, bias, rows, 0.06, 0.12, 3, 1e-8, positionwise, 2, group.WORLD, torch.float32
+        features, weight, bias, rows, 0.06, 0.12, 3, 1e-8, positionwise, None, group.WORLD, torch.float32
     )
     return {"loss": results[0], "targets": results[1], "dweight": results[3], "dbias": results[4]}
 
