@@ -20,6 +20,7 @@ from jaxtyping import UInt8
 from numpy import ndarray
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from capi.config import Config, micro_batch_size
@@ -43,15 +44,15 @@ logger = logging.getLogger(__name__)
 _MAX_ASPECT = 4 / 3
 # A JPEG may be decoded at 1/2, 1/4 or 1/8 while the crop stays this many times larger than the output.
 _REDUCING_GAP = 2
-# What the EXIF orientation asks for.
+# What the EXIF orientation asks for: whether to swap rows and columns, and which of the two to reverse then.
 _UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+    2: (False, (1,)),
+    3: (False, (0, 1)),
+    4: (False, (0,)),
+    5: (True, ()),
+    6: (True, (1,)),
+    7: (True, (0, 1)),
+    8: (True, (0,)),
 }
 
 Box = tuple[int, int, int, int]  # left, top, width, height
@@ -84,7 +85,10 @@ def crop(data: Encoded, size: int, choose_box: Callable[[int, int], Box]) -> UIn
     """The box that `choose_box(width, height)` picks, upright and as RGB, resized to `size` by bicubic interpolation.
 
     `data` is an encoded image, or uint8 pixels; an exception in its place is raised. Alpha is dropped, as PIL's
-    `convert("RGB")` does; 16-bit grey is scaled to 8 bits. Raises whatever Pillow raises on broken data.
+    `convert("RGB")` does; 16-bit grey is scaled to 8 bits. The result is within two grey levels of Pillow's crop
+    and bicubic resize, rows first, but where a large JPEG is decoded small: there the box is rounded to whole pixels of
+    what is decoded, which moves an edge by a quarter of an output pixel at most. Raises whatever Pillow raises on
+    broken data.
     """
     if isinstance(data, Exception):
         raise data
@@ -100,10 +104,13 @@ def crop(data: Encoded, size: int, choose_box: Callable[[int, int], Box]) -> UIn
         while reduction < 8 and min(width, height) >= 2 * reduction * _REDUCING_GAP * size:
             reduction *= 2
         image.draft(None, (image.width // reduction, image.height // reduction))
-    box = (left / reduction, top / reduction, (left + width) / reduction, (top + height) / reduction)
-    resized = _to_rgb(image).resize((size, size), Image.Resampling.BICUBIC, box=box)
-    orientation = _orientation(image)
-    return np.asarray(resized.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else resized)
+    box = [round(edge / reduction) for edge in (left, top, left + width, top + height)]
+    pixels = torch.from_numpy(np.array(_to_rgb(image.crop(box))))
+    # A fraction of the time that Pillow's own resize takes.
+    resized = interpolate(pixels.permute(2, 0, 1)[None], (size, size), mode="bicubic", antialias=True)[0]
+    upright = resized.permute(1, 2, 0)
+    swap, reverse = _UPRIGHT.get(_orientation(image), (False, ()))
+    return (upright.transpose(0, 1) if swap else upright).flip(reverse).numpy()
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -373,7 +380,8 @@ class _Batches(IterableDataset):
         if isinstance(pixels, Exception):
             self._reasons[name] = f"{type(pixels).__name__}: {pixels}"
             return None
-        return pixels[:, ::-1] if data_config.hflip and rng.random() < 0.5 else pixels
+        # NumPy would reverse byte by byte.
+        return torch.from_numpy(pixels).flip(1).numpy() if data_config.hflip and rng.random() < 0.5 else pixels
 
     def _rng(self, key: tuple[int, ...], purpose: int) -> np.random.Generator:
         return np.random.default_rng((self._config.run.seed, *key, purpose))
