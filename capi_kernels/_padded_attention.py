@@ -90,19 +90,18 @@ def padded_attention(
     """o, packed, and for the backward the padded q and k, rotated, v and P."""
     layout_q, layout_k = layouts
     tables = _padded_tables(tables, layouts, scale)
-    with torch.autocast(q.device.type, enabled=False):
-        q = _heads(q, *tables[:2], layout_q)
-        if tables[0] is None:
-            q = q * scale
-        k, v, mask = _heads(k, *tables[2:], layout_k), _heads(v, None, None, layout_k), layout_k.mask
-        if kv_index is not None:
-            k, v, mask = (x if x is None else x.index_select(0, kv_index) for x in (k, v, mask))
-        scores = _bmm(q, k.mT)
-        if mask is not None:
-            # A finite score: a group without keys then averages the zeros of its padding, where -inf gives NaN.
-            scores.masked_fill_(~mask[:, None, None, :], torch.finfo(scores.dtype).min)
-        P = scores.softmax(-1)
-        return _tokens(_bmm(P, v), None, None, layout_q), [q, k, v, P]
+    q = _heads(q, *tables[:2], layout_q)
+    if tables[0] is None:
+        q = q * scale
+    k, v, mask = _heads(k, *tables[2:], layout_k), _heads(v, None, None, layout_k), layout_k.mask
+    if kv_index is not None:
+        k, v, mask = (x if x is None else x.index_select(0, kv_index) for x in (k, v, mask))
+    scores = _bmm(q, k.mT)
+    if mask is not None:
+        # A finite score: a group without keys then averages the zeros of its padding, where -inf gives NaN.
+        scores.masked_fill_(~mask[:, None, None, :], torch.finfo(scores.dtype).min)
+    P = scores.softmax(-1)
+    return _tokens(_bmm(P, v), None, None, layout_q), [q, k, v, P]
 
 
 def padded_attention_backward(
@@ -117,18 +116,17 @@ def padded_attention_backward(
     q, k, v, P = saved
     layout_q, layout_k = layouts
     tables = _padded_tables(tables, layouts, scale)
-    with torch.autocast(do.device.type, enabled=False):
-        do = _heads(do, None, None, layout_q)
-        dv = _bmm(P.mT, do)
-        dS = torch.ops.aten._softmax_backward_data(_bmm(do, v.mT), P, -1, P.dtype)
-        dq = _bmm(dS, k)
-        dk = _bmm(dS.mT, q)
-        if kv_index is not None:
-            dk, dv = (dx.new_zeros((layout_k.groups, *dx.shape[1:])).index_add_(0, kv_index, dx) for dx in (dk, dv))
-        if tables[0] is None:
-            dq = dq * scale
-        dq = _tokens(dq, *tables[:2], layout_q)
-        return [dq, _tokens(dk, *tables[2:], layout_k), _tokens(dv, None, None, layout_k)]
+    do = _heads(do, None, None, layout_q)
+    dv = _bmm(P.mT, do)
+    dS = torch.ops.aten._softmax_backward_data(_bmm(do, v.mT), P, -1, P.dtype)
+    dq = _bmm(dS, k)
+    dk = _bmm(dS.mT, q)
+    if kv_index is not None:
+        dk, dv = (dx.new_zeros((layout_k.groups, *dx.shape[1:])).index_add_(0, kv_index, dx) for dx in (dk, dv))
+    if tables[0] is None:
+        dq = dq * scale
+    dq = _tokens(dq, *tables[:2], layout_q)
+    return [dq, _tokens(dk, *tables[2:], layout_k), _tokens(dv, None, None, layout_k)]
 
 
 def padded_shapes(groups, heads, max_seqlen_q, max_seqlen_k, head_dim) -> tuple[tuple, ...]:

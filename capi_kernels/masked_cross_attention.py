@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from capi_kernels._autocast import cast_inputs, register_autocast
 from capi_kernels._checks import (
     check_cu_seqlens,
     check_heads,
@@ -29,6 +30,8 @@ OP = "capi_kernels::masked_cross_attention"
 # Saved are rotated copies and the weights on a CPU, two numbers a row on a GPU; dk and dv come in one buffer there.
 torch.library.define(OP, f"({OPERANDS}) -> (Tensor out, Tensor[] saved)")
 torch.library.define(f"{OP}_backward", f"(Tensor do, Tensor out, Tensor[] saved, {OPERANDS}) -> Tensor[]")
+register_autocast(OP, 3)
+register_autocast(f"{OP}_backward", 0)
 
 
 @torch.library.impl(OP, "CPU")
@@ -149,7 +152,8 @@ def masked_cross_attention(
         scale: of the scores; 1 / sqrt(head_dim) by default.
 
     Returns:
-        [queries, heads, head_dim], with gradients to q, k and v (zero in contexts that nobody reads).
+        [queries, heads, head_dim] in the dtype of q (under autocast, which casts q, k and v, in its dtype), with
+        gradients to q, k and v (zero in contexts that nobody reads).
 
     Raises:
         TypeError: another dtype.
@@ -158,6 +162,7 @@ def masked_cross_attention(
             cu_seqlens that do not start at 0, decrease, or do not end at the token count, kv_index out of range (values
             are looked at on a CPU only).
     """
+    q, k, v = cast_inputs(q, k, v)
     check_heads("q", q, "queries")
     queries, heads, head_dim = q.shape
     check_tensor("k", k, "context heads head_dim", like=("q", q))

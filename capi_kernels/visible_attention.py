@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from capi_kernels._autocast import cast_inputs, register_autocast
 from capi_kernels._checks import check_cu_seqlens, check_heads, check_positive, check_rotary, check_shape, check_tensor
 from capi_kernels._padded_attention import layout_of, padded_attention, padded_attention_backward, padded_shapes
 
@@ -17,6 +18,8 @@ OP = "capi_kernels::visible_attention"
 # Saved are rotated copies and the weights on a CPU, two numbers a row on a GPU; gradients come in one buffer there.
 torch.library.define(OP, f"({OPERANDS}) -> (Tensor out, Tensor[] saved)")
 torch.library.define(f"{OP}_backward", f"(Tensor do, Tensor out, Tensor[] saved, {OPERANDS}) -> Tensor[]")
+register_autocast(OP, 3)
+register_autocast(f"{OP}_backward", 0)
 
 
 @torch.library.impl(OP, "CPU")
@@ -122,7 +125,8 @@ def visible_attention(
         scale: of the scores; 1 / sqrt(head_dim) by default.
 
     Returns:
-        [tokens, heads, head_dim], with gradients to q, k and v.
+        [tokens, heads, head_dim] in the dtype of q (under autocast, which casts q, k and v, in its dtype), with
+        gradients to q, k and v.
 
     Raises:
         TypeError: another dtype.
@@ -130,6 +134,7 @@ def visible_attention(
             scale that is not positive and finite, cu_seqlens that do not start at 0, decrease, or do not end at the
             token count (values are looked at on a CPU only).
     """
+    q, k, v = cast_inputs(q, k, v)
     check_heads("q", q, "tokens")
     tokens, heads, head_dim = q.shape
     for name, x in (("k", k), ("v", v)):

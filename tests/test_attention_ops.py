@@ -46,6 +46,20 @@ CASES = {
 }
 
 
+def visible(*operands) -> Tensor:
+    *given, scale = operands
+    return visible_attention(*given, scale=scale)
+
+
+def cross(*operands) -> Tensor:
+    *tensors, kv_index, max_seqlen_q, max_seqlen_k, scale = operands
+    return masked_cross_attention(*tensors, max_seqlen_q, max_seqlen_k, kv_index=kv_index, scale=scale)
+
+
+# The public functions with the operands of their ops.
+FUNCTIONS = {"ragged": visible, "full": visible, "cross": cross, "indexed": cross}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_opcheck(case: str) -> None:
     op, operands = CASES[case]
@@ -92,15 +106,7 @@ def test_selective_checkpointing_by_name(case: str) -> None:
         return CheckpointPolicy.MUST_SAVE if save and called == op else CheckpointPolicy.PREFER_RECOMPUTE
 
     def layer(q: Tensor) -> Tensor:
-        q, k, v, *rest = q.sin(), *operands[1:]
-        if case == "ragged":
-            return visible_attention(q, k, v, *rest[:-1], scale=rest[-1]).cos().sum()
-        *tensors, kv_index, max_seqlen_q, max_seqlen_k, scale = rest
-        return (
-            masked_cross_attention(q, k, v, *tensors, max_seqlen_q, max_seqlen_k, kv_index=kv_index, scale=scale)
-            .cos()
-            .sum()
-        )
+        return FUNCTIONS[case](q.sin(), *operands[1:]).cos().sum()
 
     q = operands[0]
     expected = torch.autograd.grad(layer(q), q)[0]
@@ -110,6 +116,50 @@ def test_selective_checkpointing_by_name(case: str) -> None:
         out = checkpoint(layer, q, use_reentrant=False, context_fn=contexts)
         assert torch.equal(torch.autograd.grad(out, q)[0], expected)
         assert calls.count(False) == 1
+
+
+@pytest.mark.parametrize("case", ["ragged", "indexed"])
+@pytest.mark.parametrize("direct", [False, True], ids=["function", "op"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_is_a_cast_of_q_k_and_v(case: str, direct: bool, dtype: torch.dtype) -> None:
+    op, operands = CASES[case]
+    leaves, rest = operands[:3], operands[3:]
+    function = (lambda *operands: op(*operands)[0]) if direct else FUNCTIONS[case]
+    cast = [x.detach().to(dtype).requires_grad_() for x in leaves]
+    expected = function(*cast, *rest)
+    do = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    gradients = torch.autograd.grad(expected, cast, do)
+    with torch.autocast("cpu", dtype=dtype):
+        out = function(*leaves, *rest)
+        mixed = function(cast[0], *leaves[1:], *rest)
+        within = torch.autograd.grad(mixed, leaves[1:], do)
+    assert out.dtype == dtype
+    assert torch.equal(out, expected)
+    assert torch.equal(mixed, expected)
+    actual = *torch.autograd.grad(out, leaves, do), *within
+    for dx, gradient in zip(actual, gradients + gradients[1:], strict=True):
+        assert dx.dtype == torch.float32
+        assert torch.equal(dx, gradient.float())
+    # Tables that were cast would show.
+    rounded = [x.to(dtype).float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in rest]
+    assert not torch.equal(function(*cast, *rounded), expected)
+
+
+@pytest.mark.parametrize("case", ["ragged", "indexed"])
+def test_autocast_leaves_float64_and_the_backward_alone(case: str) -> None:
+    _, operands = CASES[case]
+    wide = [x.detach().double().requires_grad_() for x in operands[:3]]
+    for leaves in (wide, operands[:3]):
+        expected = FUNCTIONS[case](*leaves, *operands[3:])
+        gradients = torch.autograd.grad(expected.square().sum(), leaves)
+        out = FUNCTIONS[case](*leaves, *operands[3:])
+        loss = out.square().sum()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            actual = torch.autograd.grad(loss, leaves)
+            if leaves is wide:
+                assert torch.equal(FUNCTIONS[case](*leaves, *operands[3:]), expected)
+        for a, e in zip(actual, gradients, strict=True):
+            assert torch.equal(a, e)
 
 
 COMPILED = """
@@ -127,6 +177,15 @@ def layer(x, context, tables, context_tables, cu_seqlens, cu_context, kv_index, 
         x, k, v, *tables, *context_tables, cu_seqlens, cu_context, max_seqlen, max_context, kv_index=kv_index
     )
 
+def under_autocast(*operands):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return layer(*operands)
+
+def op_under_autocast(x, context, tables, context_tables, cu_seqlens, cu_context, kv_index, max_seqlen, max_context):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        q, k, v = (x * 1.5).unbind(1)
+        return torch.ops.capi_kernels.visible_attention(q, k, v, *tables, cu_seqlens, max_seqlen, 0.3)[0].sin()
+
 compilations = 0
 def backend(graph, inputs):
     global compilations
@@ -134,24 +193,28 @@ def backend(graph, inputs):
     from torch._dynamo.backends.debugging import aot_eager
     return aot_eager(graph, inputs)
 
-compiled = torch.compile(layer, fullgraph=True, backend=backend)
-counts = []
-for lengths, contexts in (([3, 5], [4, 6]), ([7, 2, 4], [5, 9, 3]), ([6, 6], [9, 8]), ([5, 0, 9, 8], [7, 6, 11, 2])):
-    generator = torch.Generator().manual_seed(len(counts))
-    x = torch.randn(sum(lengths), 3, 2, 8, generator=generator, requires_grad=True)
-    context = torch.randn(sum(contexts), 2, 2, 8, generator=generator, requires_grad=True)
-    tables = torch.randn(2, sum(lengths), 8, generator=generator).unbind(0)
-    context_tables = torch.randn(2, sum(contexts), 8, generator=generator).unbind(0)
-    rest = (tables, context_tables, cumulative(lengths), cumulative(contexts))
-    rest += (torch.arange(len(lengths)).flip(0), max(lengths), max(contexts))
-    results = []
-    for function in (layer, compiled):
-        out = function(x, context, *rest)
-        results.append((out, *torch.autograd.grad(out.square().sum(), (x, context))))
-    for actual, expected in zip(*results):
-        torch.testing.assert_close(actual, expected)
-    counts.append(compilations)
-print(counts)
+batches = ([3, 5], [4, 6]), ([7, 2, 4], [5, 9, 3]), ([6, 6], [9, 8]), ([5, 0, 9, 8], [7, 6, 11, 2])
+for function in (layer, under_autocast, op_under_autocast):
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    counts, compilations = [], 0
+    for lengths, contexts in batches:
+        generator = torch.Generator().manual_seed(len(counts))
+        x = torch.randn(sum(lengths), 3, 2, 8, generator=generator, requires_grad=True)
+        context = torch.randn(sum(contexts), 2, 2, 8, generator=generator, requires_grad=True)
+        tables = torch.randn(2, sum(lengths), 8, generator=generator).unbind(0)
+        context_tables = torch.randn(2, sum(contexts), 8, generator=generator).unbind(0)
+        rest = (tables, context_tables, cumulative(lengths), cumulative(contexts))
+        rest += (torch.arange(len(lengths)).flip(0), max(lengths), max(contexts))
+        results = []
+        for run in (function, compiled):
+            out = run(x, context, *rest)
+            gradients = torch.autograd.grad(out.square().sum(), (x, context), materialize_grads=True)
+            results.append((out, *gradients))
+        for actual, expected in zip(*results):
+            torch.testing.assert_close(actual, expected)
+        assert out.dtype == (torch.float32 if function is layer else torch.bfloat16)
+        counts.append(compilations)
+    print(function.__name__, counts)
 """
 
 
@@ -159,7 +222,7 @@ def test_compiles_whole_and_once_for_all_token_counts() -> None:
     # In a process of its own: the type checks of these tests are not for the compiler.
     run = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, env=os.environ)
     assert run.returncode == 0, run.stderr
-    first, second, *later = eval(run.stdout)
-    assert first == 1
-    assert second == 2  # Sizes become symbols when they change for the first time.
-    assert later == [2, 2]
+    # Sizes become symbols when they change for the first time.
+    assert run.stdout.splitlines() == [
+        f"{name} [1, 2, 2, 2]" for name in ("layer", "under_autocast", "op_under_autocast")
+    ]
