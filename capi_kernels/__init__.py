@@ -3,11 +3,11 @@
 from capi_kernels import reference
 from capi_kernels._rotary import apply_rotary, rotary_tables
 from capi_kernels.clustering import clustering_head, clustering_targets
-from capi_kernels.masked_cross_attention import masked_cross_attention
+from capi_kernels.masked_cross_attention import masked_cross_attention, masked_cross_attention_kvpacked
 from capi_kernels.reference import ClusteringHead, Potentials, TargetRows
 from capi_kernels.sinkhorn import assignments_from_potentials, sinkhorn_positionwise, sinkhorn_potentials
 from capi_kernels.student_loss import student_loss
-from capi_kernels.visible_attention import visible_attention
+from capi_kernels.visible_attention import visible_attention, visible_attention_qkvpacked
 
 __all__ = [
     "ClusteringHead",
@@ -18,10 +18,12 @@ __all__ = [
     "clustering_head",
     "clustering_targets",
     "masked_cross_attention",
+    "masked_cross_attention_kvpacked",
     "reference",
     "rotary_tables",
     "sinkhorn_positionwise",
     "sinkhorn_potentials",
     "student_loss",
     "visible_attention",
+    "visible_attention_qkvpacked",
 ]

@@ -4,7 +4,7 @@
     dv = P^T do, dP = do v^T, dS = P (dP - rowsum(P dP)), drope(q) = dS rope(k) scale, drope(k) = dS^T rope(q) scale
 
 Short sequences make the explicit product faster on a CPU than PyTorch's tiled attention. The rotary embedding writes
-straight into the padded layout, and the scale rides on the tables of q.
+straight into the padded layout, its transpose into the buffer of the gradients; the scale is a factor of the products.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from capi_kernels._rotary import rotate, transposed
+from capi_kernels._rotary import rotate
 
 
 class Layout(NamedTuple):
@@ -43,39 +43,38 @@ def _pad(x: Tensor, layout: Layout) -> Tensor:
     return x.unflatten(0, (layout.groups, layout.length))
 
 
-def _unpad(x: Tensor, layout: Layout) -> Tensor:
+def unpad(x: Tensor, layout: Layout) -> Tensor:
+    """[groups, length, ...] to [tokens, ...], of padding nothing; a view where there is none."""
     x = x.flatten(0, 1)
     return x if layout.place is None else x.index_select(0, layout.place)
+
+
+def pad_tables(tables: Sequence[Tensor | None], layout: Layout) -> tuple[Tensor | None, ...]:
+    return tuple(None if table is None else _pad(table, layout) for table in tables)
 
 
 def _heads(x: Tensor, cos: Tensor | None, sin: Tensor | None, layout: Layout) -> Tensor:
     """Packed [tokens, heads, head_dim] to padded [groups, heads, length, head_dim], rotated."""
     x = _pad(x, layout).transpose(1, 2)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     # A copy in any case: what an op returns must be none of its operands.
-    return (
-        x.clone(memory_format=torch.contiguous_format) if cos is None else rotate(x, cos.unsqueeze(1), sin.unsqueeze(1))
-    )
+    return out.copy_(x) if cos is None else rotate(x, cos.unsqueeze(1), sin.unsqueeze(1), out=out)
 
 
-def _tokens(dx: Tensor, cos: Tensor | None, sin: Tensor | None, layout: Layout) -> Tensor:
-    """The transpose of `_heads`."""
+def _write(dx: Tensor, cos: Tensor | None, sin: Tensor | None, out: Tensor) -> None:
+    """The transpose of `_heads`, written to padded [groups, length, heads, head_dim]."""
     dx = dx.transpose(1, 2)
-    if cos is not None:
-        dx = rotate(dx, cos.unsqueeze(2), transposed(sin).unsqueeze(2))
-    return _unpad(dx.contiguous(), layout)
+    if cos is None:
+        out.copy_(dx)
+    else:
+        rotate(dx, cos.unsqueeze(2), sin.unsqueeze(2), out=out, transpose=True)
 
 
-def _bmm(a: Tensor, b: Tensor) -> Tensor:
-    """Product of [groups, heads, m, n] and [groups, heads, n, p]; matmul would look for broadcasts."""
-    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
-
-
-def _padded_tables(
-    tables: Sequence[Tensor | None], layouts: tuple[Layout, Layout], scale: float
-) -> list[Tensor | None]:
-    """The tables of q, with the scale, and those of k."""
-    q_tables = [None if table is None else _pad(table, layouts[0]) * scale for table in tables[:2]]
-    return q_tables + [None if table is None else _pad(table, layouts[1]) for table in tables[2:]]
+def _bmm(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+    """Scaled product of [groups, heads, m, n] and [groups, heads, n, p]; matmul would look for broadcasts."""
+    out = torch.empty((*a.shape[:3], b.shape[3]), dtype=a.dtype, device=a.device)
+    out.flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1), beta=0, alpha=scale)
+    return out
 
 
 def padded_attention(
@@ -87,22 +86,20 @@ def padded_attention(
     kv_index: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, list[Tensor]]:
-    """o, packed, and for the backward the padded q and k, rotated, v and P."""
+    """o, packed, and for the backward the padded q and k, rotated, v and P; the tables are padded."""
     layout_q, layout_k = layouts
-    tables = _padded_tables(tables, layouts, scale)
-    with torch.autocast(q.device.type, enabled=False):
-        q = _heads(q, *tables[:2], layout_q)
-        if tables[0] is None:
-            q = q * scale
-        k, v, mask = _heads(k, *tables[2:], layout_k), _heads(v, None, None, layout_k), layout_k.mask
-        if kv_index is not None:
-            k, v, mask = (x if x is None else x.index_select(0, kv_index) for x in (k, v, mask))
-        scores = _bmm(q, k.mT)
-        if mask is not None:
-            # A finite score: a group without keys then averages the zeros of its padding, where -inf gives NaN.
-            scores.masked_fill_(~mask[:, None, None, :], torch.finfo(scores.dtype).min)
-        P = scores.softmax(-1)
-        return _tokens(_bmm(P, v), None, None, layout_q), [q, k, v, P]
+    q = _heads(q, *tables[:2], layout_q)
+    k, v, mask = _heads(k, *tables[2:], layout_k), _heads(v, None, None, layout_k), layout_k.mask
+    if kv_index is not None:
+        k, v, mask = (x if x is None else x.index_select(0, kv_index) for x in (k, v, mask))
+    scores = _bmm(q, k.mT, scale)
+    if mask is not None:
+        # A finite score: a group without keys then averages the zeros of its padding, where -inf gives NaN.
+        scores.masked_fill_(~mask[:, None, None, :], torch.finfo(scores.dtype).min)
+    P = torch.softmax(scores, -1)
+    out = torch.empty((layout_q.groups, layout_q.length, *q.shape[1::2]), dtype=q.dtype, device=q.device)
+    _write(_bmm(P, v), None, None, out)
+    return unpad(out, layout_q), [q, k, v, P]
 
 
 def padded_attention_backward(
@@ -112,23 +109,20 @@ def padded_attention_backward(
     layouts: tuple[Layout, Layout],
     kv_index: Tensor | None,
     scale: float,
-) -> list[Tensor]:
-    """dq, dk and dv, packed."""
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> None:
+    """Write dq, dk and dv, padded [groups, length, heads, head_dim], whatever their strides; the tables are padded."""
     q, k, v, P = saved
     layout_q, layout_k = layouts
-    tables = _padded_tables(tables, layouts, scale)
-    with torch.autocast(do.device.type, enabled=False):
-        do = _heads(do, None, None, layout_q)
-        dv = _bmm(P.mT, do)
-        dS = torch.ops.aten._softmax_backward_data(_bmm(do, v.mT), P, -1, P.dtype)
-        dq = _bmm(dS, k)
-        dk = _bmm(dS.mT, q)
+    do = _heads(do, None, None, layout_q)
+    dS = torch.ops.aten._softmax_backward_data(_bmm(do, v.mT), P, -1, P.dtype)
+    _write(_bmm(dS, k, scale), *tables[:2], dq)
+    for dx, product, dx_tables in ((dk, _bmm(dS.mT, q, scale), tables[2:]), (dv, _bmm(P.mT, do), (None, None))):
         if kv_index is not None:
-            dk, dv = (dx.new_zeros((layout_k.groups, *dx.shape[1:])).index_add_(0, kv_index, dx) for dx in (dk, dv))
-        if tables[0] is None:
-            dq = dq * scale
-        dq = _tokens(dq, *tables[:2], layout_q)
-        return [dq, _tokens(dk, *tables[2:], layout_k), _tokens(dv, None, None, layout_k)]
+            product = product.new_zeros((layout_k.groups, *product.shape[1:])).index_add_(0, kv_index, product)
+        _write(product, *dx_tables, dx)
 
 
 def padded_shapes(groups, heads, max_seqlen_q, max_seqlen_k, head_dim) -> tuple[tuple, ...]:

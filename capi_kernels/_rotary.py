@@ -1,7 +1,7 @@
 """The rotary embedding of CAPI, y = x cos + rotate_half(x) sin: y1 = x1 c1 - x2 s1, y2 = x2 c2 + x1 s2 on the halves.
 
 The halves have different angles (row and column), so this is no rotation, and its backward is the transpose:
-dx1 = g1 c1 + g2 s2, dx2 = g2 c2 - g1 s1, the same form with the sines (-s2, -s1).
+dx1 = g1 c1 + g2 s2, dx2 = g2 c2 - g1 s1.
 """
 
 import torch
@@ -13,21 +13,23 @@ from capi_kernels import reference
 from capi_kernels._checks import check_heads, check_rotary, check_shape, check_tensor
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x cos + rotate_half(x) sin, the tables broadcast; contiguous, in the dtype of x."""
-    wide = x.to(cos.dtype)
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, out: Tensor, transpose: bool = False) -> Tensor:
+    """Write x cos + rotate_half(x) sin, the tables broadcast, or the transpose of that map of x, to out."""
+    wide, y = (
+        x.to(cos.dtype),
+        out if out.dtype == cos.dtype else torch.empty(out.shape, dtype=cos.dtype, device=out.device),
+    )
     half = x.shape[-1] // 2
-    y = torch.empty(x.shape, dtype=cos.dtype, device=x.device)
+    x1, x2, y1, y2 = wide[..., :half], wide[..., half:], y[..., :half], y[..., half:]
+    s1, s2 = sin[..., :half], sin[..., half:]
     torch.mul(wide, cos, out=y)
-    y[..., :half].addcmul_(wide[..., half:], sin[..., :half], value=-1)
-    y[..., half:].addcmul_(wide[..., :half], sin[..., half:])
-    return y.to(x.dtype)
-
-
-def transposed(sin: Tensor) -> Tensor:
-    """The sines with which `rotate` is the transpose of itself."""
-    first, second = sin.chunk(2, dim=-1)
-    return torch.cat((second, first), dim=-1).neg_()
+    if transpose:
+        y1.addcmul_(x2, s2)
+        y2.addcmul_(x1, s1, value=-1)
+    else:
+        y1.addcmul_(x2, s1, value=-1)
+        y2.addcmul_(x1, s2)
+    return out if y is out else out.copy_(y)
 
 
 class _Rotary(torch.autograd.Function):
@@ -35,13 +37,14 @@ class _Rotary(torch.autograd.Function):
     def forward(ctx: FunctionCtx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
         ctx.save_for_backward(cos, sin)
-        return rotate(x, cos, sin)
+        return rotate(x, cos, sin, out=torch.empty(x.shape, dtype=x.dtype, device=x.device))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return rotate(dy, cos, transposed(sin)), None, None
+        dx = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
+        return rotate(dy, cos, sin, out=dx, transpose=True), None, None
 
 
 def rotary_tables(

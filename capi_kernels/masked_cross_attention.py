@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from capi_kernels._autocast import cast_inputs, register_autocast
 from capi_kernels._checks import (
     check_cu_seqlens,
     check_heads,
@@ -19,30 +20,50 @@ from capi_kernels._checks import (
     check_shape,
     check_tensor,
 )
-from capi_kernels._padded_attention import layout_of, padded_attention, padded_attention_backward, padded_shapes
+from capi_kernels._padded_attention import (
+    layout_of,
+    pad_tables,
+    padded_attention,
+    padded_attention_backward,
+    padded_shapes,
+    unpad,
+)
 
 OPERANDS = (
     "Tensor q, Tensor k, Tensor v, Tensor? q_cos, Tensor? q_sin, Tensor? k_cos, Tensor? k_sin, Tensor cu_seqlens_q,"
     " Tensor cu_seqlens_k, Tensor? kv_index, SymInt max_seqlen_q, SymInt max_seqlen_k, float scale"
 )
 OP = "capi_kernels::masked_cross_attention"
-# Saved are rotated copies and the weights on a CPU, two numbers a row on a GPU; dk and dv come in one buffer there.
+# Saved are rotated copies and the weights on a CPU, two numbers a row on a GPU. dk and dv come in one buffer.
 torch.library.define(OP, f"({OPERANDS}) -> (Tensor out, Tensor[] saved)")
-torch.library.define(f"{OP}_backward", f"(Tensor do, Tensor out, Tensor[] saved, {OPERANDS}) -> Tensor[]")
+torch.library.define(
+    f"{OP}_backward", f"(Tensor do, Tensor out, Tensor[] saved, {OPERANDS}) -> (Tensor dq, Tensor dkv)"
+)
+register_autocast(OP, 3)
+register_autocast(f"{OP}_backward", 0)
+
+
+def _padding(q, k, tables, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) -> tuple[tuple, tuple]:
+    """The padded tables, and the layouts of queries and context."""
+    layouts = layout_of(cu_seqlens_q, max_seqlen_q, len(q)), layout_of(cu_seqlens_k, max_seqlen_k, len(k))
+    return pad_tables(tables[:2], layouts[0]) + pad_tables(tables[2:], layouts[1]), layouts
 
 
 @torch.library.impl(OP, "CPU")
 def _(q, k, v, *operands):
     *tables, cu_seqlens_q, cu_seqlens_k, kv_index, max_seqlen_q, max_seqlen_k, scale = operands
-    layouts = layout_of(cu_seqlens_q, max_seqlen_q, len(q)), layout_of(cu_seqlens_k, max_seqlen_k, len(k))
+    tables, layouts = _padding(q, k, tables, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     return padded_attention(q, k, v, tables, layouts, kv_index, scale)
 
 
 @torch.library.impl(f"{OP}_backward", "CPU")
 def _(do, out, saved, q, k, v, *operands):
     *tables, cu_seqlens_q, cu_seqlens_k, kv_index, max_seqlen_q, max_seqlen_k, scale = operands
-    layouts = layout_of(cu_seqlens_q, max_seqlen_q, len(q)), layout_of(cu_seqlens_k, max_seqlen_k, len(k))
-    return padded_attention_backward(do, saved, tables, layouts, kv_index, scale)
+    tables, layouts = _padding(q, k, tables, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    dq = q.new_empty((layouts[0].groups, layouts[0].length, *q.shape[1:]))
+    dkv = k.new_empty((layouts[1].groups, layouts[1].length, 2, *k.shape[1:]))
+    padded_attention_backward(do, saved, tables, layouts, kv_index, scale, dq, *dkv.unbind(2))
+    return unpad(dq, layouts[0]), unpad(dkv, layouts[1])
 
 
 @torch.library.impl(OP, "CUDA")
@@ -59,7 +80,7 @@ def _(do, out, saved, *operands):
     from capi_kernels.masked_cross_attention_triton import masked_cross_attention_backward
 
     with torch.cuda.device_of(do):
-        return list(masked_cross_attention_backward(do, out, *saved, *operands))
+        return masked_cross_attention_backward(do, out, *saved, *operands)
 
 
 @torch.library.register_fake(OP)
@@ -75,9 +96,7 @@ def _(q, k, v, q_cos, q_sin, k_cos, k_sin, cu_seqlens_q, cu_seqlens_k, kv_index,
 @torch.library.register_fake(f"{OP}_backward")
 def _(do, out, saved, q, k, *_):
     context, heads, head_dim = k.shape
-    if q.device.type == "cpu":
-        return [x.new_empty(x.shape) for x in (q, k, k)]
-    return [q.new_empty(q.shape), k.new_empty((context, 2, heads, head_dim))]
+    return q.new_empty(q.shape), k.new_empty((context, 2, heads, head_dim))
 
 
 def _setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
@@ -96,9 +115,8 @@ def _backward(ctx: FunctionCtx, do: Tensor, *_) -> tuple[Tensor | None, ...]:
     everything = ctx.saved_tensors  # May be asked for only once.
     *tensors, out = everything[:11]
     saved = everything[11:]
-    grads = torch.ops.capi_kernels.masked_cross_attention_backward(do, out, saved, *tensors, *ctx.options)
-    dq, dk, dv = grads if len(grads) == 3 else (grads[0], *grads[1].unbind(1))
-    return dq, dk, dv, *[None] * 10
+    dq, dkv = torch.ops.capi_kernels.masked_cross_attention_backward(do, out, saved, *tensors, *ctx.options)
+    return dq, *dkv.unbind(1), *[None] * 10
 
 
 torch.library.register_autograd(OP, _backward, setup_context=_setup_context)
@@ -114,6 +132,51 @@ class _MaskedCrossAttention(torch.autograd.Function):
 
     setup_context = staticmethod(_setup_context)
     backward = staticmethod(once_differentiable(_backward))
+
+
+class _KVPacked(torch.autograd.Function):
+    """The op on views of one tensor, whose gradient is the buffer of the backward itself: nothing is copied."""
+
+    @staticmethod
+    def forward(q, kv, *operands):
+        out, saved = torch.ops.capi_kernels.masked_cross_attention(q, *kv.unbind(1), *operands)
+        return out, *saved
+
+    setup_context = staticmethod(_setup_context)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do, *_):
+        everything = ctx.saved_tensors
+        q, kv, *tensors, out = everything[:10]
+        operands = (q, *kv.unbind(1), *tensors, *ctx.options)
+        grads = torch.ops.capi_kernels.masked_cross_attention_backward(do, out, everything[10:], *operands)
+        return *grads, *[None] * 10
+
+
+def check_operands(
+    q: Tensor,
+    k: Tensor,
+    tables: tuple[Tensor | None, ...],
+    where: tuple[Tensor, Tensor, Tensor | None],
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+) -> None:
+    """What every attention from groups to contexts asks of its operands but q, k and v; where: cu_seqlens, kv_index."""
+    q_cos, q_sin, k_cos, k_sin = tables
+    cu_seqlens_q, cu_seqlens_k, kv_index = where
+    check_rotary(("q_cos", "q_sin"), q_cos, q_sin, ("q", q))
+    check_rotary(("k_cos", "k_sin"), k_cos, k_sin, ("k", k))
+    check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, "max_seqlen_q", max_seqlen_q, q.shape[0], ("q", q))
+    check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, "max_seqlen_k", max_seqlen_k, k.shape[0], ("k", k))
+    groups, contexts = len(cu_seqlens_q) - 1, len(cu_seqlens_k) - 1
+    if kv_index is not None:
+        check_index("kv_index", kv_index, contexts, ("q", q))
+        check_shape("kv_index", kv_index, groups=groups)
+    elif groups != contexts:
+        raise ValueError(f"without kv_index every group needs a context: got {groups} groups and {contexts} contexts")
+    check_positive(scale=scale)
 
 
 def masked_cross_attention(
@@ -149,7 +212,8 @@ def masked_cross_attention(
         scale: of the scores; 1 / sqrt(head_dim) by default.
 
     Returns:
-        [queries, heads, head_dim], with gradients to q, k and v (zero in contexts that nobody reads).
+        [queries, heads, head_dim] in the dtype of q (under autocast, which casts q, k and v, in its dtype), with
+        gradients to q, k and v (zero in contexts that nobody reads).
 
     Raises:
         TypeError: another dtype.
@@ -158,23 +222,54 @@ def masked_cross_attention(
             cu_seqlens that do not start at 0, decrease, or do not end at the token count, kv_index out of range (values
             are looked at on a CPU only).
     """
+    q, k, v = cast_inputs(q, k, v)
     check_heads("q", q, "queries")
-    queries, heads, head_dim = q.shape
     check_tensor("k", k, "context heads head_dim", like=("q", q))
-    check_shape("k", k, context=k.shape[0], heads=heads, head_dim=head_dim)
+    context, (_, heads, head_dim) = k.shape[0], q.shape
+    check_shape("k", k, context=context, heads=heads, head_dim=head_dim)
     check_tensor("v", v, "context heads head_dim", like=("q", q))
-    check_shape("v", v, context=k.shape[0], heads=heads, head_dim=head_dim)
-    check_rotary(("q_cos", "q_sin"), q_cos, q_sin, ("q", q))
-    check_rotary(("k_cos", "k_sin"), k_cos, k_sin, ("k", k))
-    check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, "max_seqlen_q", max_seqlen_q, queries, ("q", q))
-    check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, "max_seqlen_k", max_seqlen_k, k.shape[0], ("k", k))
-    groups, contexts = len(cu_seqlens_q) - 1, len(cu_seqlens_k) - 1
-    if kv_index is not None:
-        check_index("kv_index", kv_index, contexts, ("q", q))
-        check_shape("kv_index", kv_index, groups=groups)
-    elif groups != contexts:
-        raise ValueError(f"without kv_index every group needs a context: got {groups} groups and {contexts} contexts")
+    check_shape("v", v, context=context, heads=heads, head_dim=head_dim)
+    tables, where = (q_cos, q_sin, k_cos, k_sin), (cu_seqlens_q, cu_seqlens_k, kv_index)
     scale = head_dim**-0.5 if scale is None else scale
-    check_positive(scale=scale)
-    tables, lengths = (q_cos, q_sin, k_cos, k_sin), (cu_seqlens_q, cu_seqlens_k, kv_index)
-    return _MaskedCrossAttention.apply(q, k, v, *tables, *lengths, max_seqlen_q, max_seqlen_k, scale)[0]
+    check_operands(q, k, tables, where, max_seqlen_q, max_seqlen_k, scale)
+    return _MaskedCrossAttention.apply(q, k, v, *tables, *where, max_seqlen_q, max_seqlen_k, scale)[0]
+
+
+def masked_cross_attention_kvpacked(
+    q: Tensor,
+    kv: Tensor,
+    q_cos: Tensor | None,
+    q_sin: Tensor | None,
+    k_cos: Tensor | None,
+    k_sin: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    kv_index: Tensor | None = None,
+    scale: float | None = None,
+) -> Float[Tensor, "queries heads head_dim"]:
+    """`masked_cross_attention` with kv[:, 0] as k and kv[:, 1] as v, whose one gradient is written once.
+
+    Args:
+        q: [queries, heads, head_dim], any floating dtype and strides.
+        kv: [context, 2, heads, head_dim] of the dtype of q, any strides.
+        q_cos, q_sin, k_cos, k_sin, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, kv_index, scale: as in
+            `masked_cross_attention`.
+
+    Returns:
+        [queries, heads, head_dim], with gradients to q and kv, that of kv contiguous: no copy assembles it.
+
+    Raises:
+        TypeError, ValueError: as in `masked_cross_attention`.
+    """
+    q, kv = cast_inputs(q, kv)
+    check_heads("q", q, "queries")
+    check_tensor("kv", kv, "context 2 heads head_dim", like=("q", q))
+    _, heads, head_dim = q.shape
+    check_shape("kv", kv, context=kv.shape[0], parts=2, heads=heads, head_dim=head_dim)
+    tables, where = (q_cos, q_sin, k_cos, k_sin), (cu_seqlens_q, cu_seqlens_k, kv_index)
+    scale = head_dim**-0.5 if scale is None else scale
+    check_operands(q, kv[:, 0], tables, where, max_seqlen_q, max_seqlen_k, scale)
+    return _KVPacked.apply(q, kv, *tables, *where, max_seqlen_q, max_seqlen_k, scale)[0]

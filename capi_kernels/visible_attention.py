@@ -9,26 +9,48 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from capi_kernels._checks import check_cu_seqlens, check_heads, check_positive, check_rotary, check_shape, check_tensor
-from capi_kernels._padded_attention import layout_of, padded_attention, padded_attention_backward, padded_shapes
+from capi_kernels._autocast import cast_inputs, register_autocast
+from capi_kernels._checks import (
+    check_cu_seqlens,
+    check_heads,
+    check_not_empty,
+    check_positive,
+    check_rotary,
+    check_shape,
+    check_tensor,
+)
+from capi_kernels._padded_attention import (
+    layout_of,
+    pad_tables,
+    padded_attention,
+    padded_attention_backward,
+    padded_shapes,
+    unpad,
+)
 
 OPERANDS = "Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, Tensor cu_seqlens, SymInt max_seqlen, float scale"
 OP = "capi_kernels::visible_attention"
-# Saved are rotated copies and the weights on a CPU, two numbers a row on a GPU; gradients come in one buffer there.
+# Saved are rotated copies and the weights on a CPU, two numbers a row on a GPU. All gradients come in one buffer.
 torch.library.define(OP, f"({OPERANDS}) -> (Tensor out, Tensor[] saved)")
-torch.library.define(f"{OP}_backward", f"(Tensor do, Tensor out, Tensor[] saved, {OPERANDS}) -> Tensor[]")
+torch.library.define(f"{OP}_backward", f"(Tensor do, Tensor out, Tensor[] saved, {OPERANDS}) -> Tensor dqkv")
+register_autocast(OP, 3)
+register_autocast(f"{OP}_backward", 0)
 
 
 @torch.library.impl(OP, "CPU")
 def _(q, k, v, cos, sin, cu_seqlens, max_seqlen, scale):
     layout = layout_of(cu_seqlens, max_seqlen, len(q))
-    return padded_attention(q, k, v, (cos, sin, cos, sin), (layout, layout), None, scale)
+    tables = pad_tables((cos, sin), layout)
+    return padded_attention(q, k, v, tables * 2, (layout, layout), None, scale)
 
 
 @torch.library.impl(f"{OP}_backward", "CPU")
 def _(do, out, saved, q, k, v, cos, sin, cu_seqlens, max_seqlen, scale):
     layout = layout_of(cu_seqlens, max_seqlen, len(q))
-    return padded_attention_backward(do, saved, (cos, sin, cos, sin), (layout, layout), None, scale)
+    tables = pad_tables((cos, sin), layout)
+    dqkv = q.new_empty((layout.groups, layout.length, 3, *q.shape[1:]))
+    padded_attention_backward(do, saved, tables * 2, (layout, layout), None, scale, *dqkv.unbind(2))
+    return unpad(dqkv, layout)
 
 
 @torch.library.impl(OP, "CUDA")
@@ -45,7 +67,7 @@ def _(do, out, saved, *operands):
     from capi_kernels.visible_attention_triton import visible_attention_backward
 
     with torch.cuda.device_of(do):
-        return [visible_attention_backward(do, out, *saved, *operands)]
+        return visible_attention_backward(do, out, *saved, *operands)
 
 
 @torch.library.register_fake(OP)
@@ -61,9 +83,7 @@ def _(q, k, v, cos, sin, cu_seqlens, max_seqlen, scale):
 @torch.library.register_fake(f"{OP}_backward")
 def _(do, out, saved, q, *_):
     tokens, heads, head_dim = q.shape
-    if q.device.type == "cpu":
-        return [q.new_empty(q.shape) for _ in range(3)]
-    return [q.new_empty((tokens, 3, heads, head_dim))]
+    return q.new_empty((tokens, 3, heads, head_dim))
 
 
 def _setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
@@ -80,9 +100,8 @@ def _setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
 def _backward(ctx: FunctionCtx, do: Tensor, *_) -> tuple[Tensor | None, ...]:
     q, k, v, cos, sin, cu_seqlens, out, *saved = ctx.saved_tensors
     operands = (q, k, v, cos, sin, cu_seqlens, ctx.max_seqlen, ctx.scale)
-    grads = torch.ops.capi_kernels.visible_attention_backward(do, out, saved, *operands)
-    dq, dk, dv = grads if len(grads) == 3 else grads[0].unbind(1)
-    return dq, dk, dv, None, None, None, None, None
+    dqkv = torch.ops.capi_kernels.visible_attention_backward(do, out, saved, *operands)
+    return *dqkv.unbind(1), None, None, None, None, None
 
 
 torch.library.register_autograd(OP, _backward, setup_context=_setup_context)
@@ -98,6 +117,25 @@ class _VisibleAttention(torch.autograd.Function):
 
     setup_context = staticmethod(_setup_context)
     backward = staticmethod(once_differentiable(_backward))
+
+
+class _QKVPacked(torch.autograd.Function):
+    """The op on views of one tensor, whose gradient is the buffer of the backward itself: nothing is copied."""
+
+    @staticmethod
+    def forward(qkv, *operands):
+        out, saved = torch.ops.capi_kernels.visible_attention(*qkv.unbind(1), *operands)
+        return out, *saved
+
+    setup_context = staticmethod(_setup_context)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do, *_):
+        qkv, cos, sin, cu_seqlens, out, *saved = ctx.saved_tensors
+        operands = (*qkv.unbind(1), cos, sin, cu_seqlens, ctx.max_seqlen, ctx.scale)
+        dqkv = torch.ops.capi_kernels.visible_attention_backward(do, out, saved, *operands)
+        return dqkv, None, None, None, None, None
 
 
 def visible_attention(
@@ -122,7 +160,8 @@ def visible_attention(
         scale: of the scores; 1 / sqrt(head_dim) by default.
 
     Returns:
-        [tokens, heads, head_dim], with gradients to q, k and v.
+        [tokens, heads, head_dim] in the dtype of q (under autocast, which casts q, k and v, in its dtype), with
+        gradients to q, k and v.
 
     Raises:
         TypeError: another dtype.
@@ -130,6 +169,7 @@ def visible_attention(
             scale that is not positive and finite, cu_seqlens that do not start at 0, decrease, or do not end at the
             token count (values are looked at on a CPU only).
     """
+    q, k, v = cast_inputs(q, k, v)
     check_heads("q", q, "tokens")
     tokens, heads, head_dim = q.shape
     for name, x in (("k", k), ("v", v)):
@@ -140,3 +180,36 @@ def visible_attention(
     scale = head_dim**-0.5 if scale is None else scale
     check_positive(scale=scale)
     return _VisibleAttention.apply(q, k, v, cos, sin, cu_seqlens, max_seqlen, scale)[0]
+
+
+def visible_attention_qkvpacked(
+    qkv: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    scale: float | None = None,
+) -> Float[Tensor, "tokens heads head_dim"]:
+    """`visible_attention` of qkv[:, 0], qkv[:, 1] and qkv[:, 2], with one gradient that is written once.
+
+    Args:
+        qkv: [tokens, 3, heads, head_dim], any floating dtype and strides.
+        cos, sin, cu_seqlens, max_seqlen, scale: as in `visible_attention`.
+
+    Returns:
+        [tokens, heads, head_dim], with a gradient to qkv, contiguous, that no copy assembles.
+
+    Raises:
+        TypeError, ValueError: as in `visible_attention`.
+    """
+    (qkv,) = cast_inputs(qkv)
+    check_tensor("qkv", qkv, "tokens 3 heads head_dim")
+    tokens, _, heads, head_dim = qkv.shape
+    check_shape("qkv", qkv, tokens=tokens, parts=3, heads=heads, head_dim=head_dim)
+    check_not_empty("qkv", heads=heads, head_dim=head_dim)
+    check_rotary(("cos", "sin"), cos, sin, ("qkv", qkv[:, 0]))
+    check_cu_seqlens("cu_seqlens", cu_seqlens, "max_seqlen", max_seqlen, tokens, ("qkv", qkv))
+    scale = head_dim**-0.5 if scale is None else scale
+    check_positive(scale=scale)
+    return _QKVPacked.apply(qkv, cos, sin, cu_seqlens, max_seqlen, scale)[0]

@@ -8,9 +8,15 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from capi_kernels import masked_cross_attention, visible_attention
+from capi_kernels import (
+    masked_cross_attention,
+    masked_cross_attention_kvpacked,
+    visible_attention,
+    visible_attention_qkvpacked,
+)
 
 OPS = torch.ops.capi_kernels
 
@@ -46,6 +52,36 @@ CASES = {
 }
 
 
+def visible(*operands) -> Tensor:
+    *given, scale = operands
+    return visible_attention(*given, scale=scale)
+
+
+def cross(*operands) -> Tensor:
+    *tensors, kv_index, max_seqlen_q, max_seqlen_k, scale = operands
+    return masked_cross_attention(*tensors, max_seqlen_q, max_seqlen_k, kv_index=kv_index, scale=scale)
+
+
+def visible_packed(q, k, v, *operands) -> Tensor:
+    *given, scale = operands
+    return visible_attention_qkvpacked(torch.stack([q, k, v], 1), *given, scale=scale)
+
+
+def cross_packed(q, k, v, *operands) -> Tensor:
+    *tensors, kv_index, max_seqlen_q, max_seqlen_k, scale = operands
+    kv = torch.stack([k, v], 1)
+    return masked_cross_attention_kvpacked(q, kv, *tensors, max_seqlen_q, max_seqlen_k, kv_index=kv_index, scale=scale)
+
+
+# The public functions on the operands of their ops.
+FUNCTIONS = {
+    "ragged": (visible, visible_packed),
+    "full": (visible, visible_packed),
+    "cross": (cross, cross_packed),
+    "indexed": (cross, cross_packed),
+}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_opcheck(case: str) -> None:
     op, operands = CASES[case]
@@ -63,7 +99,7 @@ def test_shapes_on_a_gpu_without_one() -> None:
     with torch._subclasses.FakeTensorMode():
         fakes = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda") for x in operands[:6]]
         out, (saved,) = OPS.visible_attention(*fakes, *operands[6:])
-        (dqkv,) = OPS.visible_attention_backward(out, out, [saved], *fakes, *operands[6:])
+        dqkv = OPS.visible_attention_backward(out, out, [saved], *fakes, *operands[6:])
     assert out.device.type == "cuda"
     assert out.shape == (8, 2, 8)
     assert saved.shape == (2, 2, 8)
@@ -71,17 +107,71 @@ def test_shapes_on_a_gpu_without_one() -> None:
     assert dqkv.shape == (8, 3, 2, 8)
 
 
-def test_torch_func_grad() -> None:
-    q, k, v, cos, sin, cu_seqlens, max_seqlen, scale = CASES["ragged"][1]
-
-    def loss(q: Tensor) -> Tensor:
-        return visible_attention(q, k, v, cos, sin, cu_seqlens, max_seqlen, scale=scale).square().sum()
-
-    assert torch.equal(torch.func.grad(loss)(q.detach()), torch.autograd.grad(loss(q), q)[0])
-
-
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("case", ["ragged", "indexed"])
-def test_selective_checkpointing_by_name(case: str) -> None:
+def test_torch_func_grad(case: str, packed: bool) -> None:
+    *leaves, rest = *CASES[case][1][:3], CASES[case][1][3:]
+
+    def loss(*leaves: Tensor) -> Tensor:
+        return FUNCTIONS[case][packed](*leaves, *rest).square().sum()
+
+    actual = torch.func.grad(loss, (0, 1, 2))(*(x.detach() for x in leaves))
+    for dx, expected in zip(actual, torch.autograd.grad(loss(*leaves), leaves), strict=True):
+        assert torch.equal(dx, expected)
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps the ops that run, and what the backward ops of attention return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops, self.gradients = [], ()
+
+    def __torch_dispatch__(self, op, types, arguments=(), options=None):
+        result = op(*arguments, **(options or {}))
+        self.ops.append(op)
+        if op in (OPS.visible_attention_backward.default, OPS.masked_cross_attention_backward.default):
+            self.gradients = (result,) if isinstance(result, Tensor) else result
+        return result
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("case", FUNCTIONS)
+def test_packed_gradients_are_the_buffer_of_the_backward(case: str, strided: bool) -> None:
+    """The bits of the function of three inputs, whatever the strides; the backward is one op and nothing else."""
+    operands = CASES[case][1]
+    separate = FUNCTIONS[case][0](*operands)
+    do = torch.randn(separate.shape, generator=torch.Generator().manual_seed(1))
+    expected = torch.autograd.grad(separate, operands[:3], do)
+
+    q, k, v = (x.detach() for x in operands[:3])
+    packed = [torch.stack([q, k, v], 1)] if case in ("ragged", "full") else [q, torch.stack([k, v], 1)]
+    if strided:
+        packed = [x.transpose(0, -2).contiguous().transpose(0, -2) for x in packed]
+    for x in packed:
+        x.requires_grad_()
+    if len(packed) == 1:
+        *given, scale = operands[3:]
+        out = visible_attention_qkvpacked(*packed, *given, scale=scale)
+    else:
+        *given, kv_index, max_q, max_k, scale = operands[3:]
+        out = masked_cross_attention_kvpacked(*packed, *given, max_q, max_k, kv_index=kv_index, scale=scale)
+    assert torch.equal(out, separate)
+    with Recorder() as recorder:
+        gradients = torch.autograd.grad(out, packed, do)
+    views = torch.ops.aten.unbind.int, torch.ops.aten.detach.default
+    assert len([op for op in recorder.ops if op not in views]) == 1, recorder.ops
+    for dx, buffer in zip(gradients, recorder.gradients, strict=True):
+        assert dx.data_ptr() == buffer.data_ptr()
+        assert dx.is_contiguous()
+    parts = [part for dx in gradients for part in (dx.unbind(1) if dx.ndim == 4 else [dx])]
+    for part, dx in zip(parts, expected, strict=True):
+        assert torch.equal(part, dx)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("case", ["ragged", "indexed"])
+def test_selective_checkpointing_by_name(case: str, packed: bool) -> None:
     """A policy that saves the op by name runs it once; one that does not runs it twice; the gradients are the same."""
     op, operands = CASES[case]
     calls = []
@@ -92,15 +182,7 @@ def test_selective_checkpointing_by_name(case: str) -> None:
         return CheckpointPolicy.MUST_SAVE if save and called == op else CheckpointPolicy.PREFER_RECOMPUTE
 
     def layer(q: Tensor) -> Tensor:
-        q, k, v, *rest = q.sin(), *operands[1:]
-        if case == "ragged":
-            return visible_attention(q, k, v, *rest[:-1], scale=rest[-1]).cos().sum()
-        *tensors, kv_index, max_seqlen_q, max_seqlen_k, scale = rest
-        return (
-            masked_cross_attention(q, k, v, *tensors, max_seqlen_q, max_seqlen_k, kv_index=kv_index, scale=scale)
-            .cos()
-            .sum()
-        )
+        return FUNCTIONS[case][packed](q.sin(), *operands[1:]).cos().sum()
 
     q = operands[0]
     expected = torch.autograd.grad(layer(q), q)[0]
@@ -112,9 +194,58 @@ def test_selective_checkpointing_by_name(case: str) -> None:
         assert calls.count(False) == 1
 
 
+@pytest.mark.parametrize("case", ["ragged", "indexed"])
+@pytest.mark.parametrize("called", ["function", "packed", "op"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_is_a_cast_of_q_k_and_v(case: str, called: str, dtype: torch.dtype) -> None:
+    op, operands = CASES[case]
+    leaves, rest = operands[:3], operands[3:]
+    function = (lambda *operands: op(*operands)[0]) if called == "op" else FUNCTIONS[case][called == "packed"]
+    cast = [x.detach().to(dtype).requires_grad_() for x in leaves]
+    expected = function(*cast, *rest)
+    do = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    gradients = torch.autograd.grad(expected, cast, do)
+    with torch.autocast("cpu", dtype=dtype):
+        out = function(*leaves, *rest)
+        mixed = FUNCTIONS[case][0](cast[0], *leaves[1:], *rest)
+        within = torch.autograd.grad(mixed, leaves[1:], do)
+    assert out.dtype == dtype
+    assert torch.equal(out, expected)
+    assert torch.equal(mixed, expected)
+    actual = *torch.autograd.grad(out, leaves, do), *within
+    for dx, gradient in zip(actual, gradients + gradients[1:], strict=True):
+        assert dx.dtype == torch.float32
+        assert torch.equal(dx, gradient.float())
+    # Tables that were cast would show.
+    rounded = [x.to(dtype).float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in rest]
+    assert not torch.equal(function(*cast, *rounded), expected)
+
+
+@pytest.mark.parametrize("case", ["ragged", "indexed"])
+def test_autocast_leaves_float64_and_the_backward_alone(case: str) -> None:
+    _, operands = CASES[case]
+    wide = [x.detach().double().requires_grad_() for x in operands[:3]]
+    for leaves in (wide, operands[:3]):
+        expected = FUNCTIONS[case][0](*leaves, *operands[3:])
+        gradients = torch.autograd.grad(expected.square().sum(), leaves)
+        out = FUNCTIONS[case][0](*leaves, *operands[3:])
+        loss = out.square().sum()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            actual = torch.autograd.grad(loss, leaves)
+            if leaves is wide:
+                assert torch.equal(FUNCTIONS[case][0](*leaves, *operands[3:]), expected)
+        for a, e in zip(actual, gradients, strict=True):
+            assert torch.equal(a, e)
+
+
 COMPILED = """
 import torch
-from capi_kernels import masked_cross_attention, visible_attention
+from capi_kernels import (
+    masked_cross_attention,
+    masked_cross_attention_kvpacked,
+    visible_attention,
+    visible_attention_qkvpacked,
+)
 
 def cumulative(lengths):
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
@@ -127,6 +258,21 @@ def layer(x, context, tables, context_tables, cu_seqlens, cu_context, kv_index, 
         x, k, v, *tables, *context_tables, cu_seqlens, cu_context, max_seqlen, max_context, kv_index=kv_index
     )
 
+def packed(x, context, tables, context_tables, cu_seqlens, cu_context, kv_index, max_seqlen, max_context):
+    x = visible_attention_qkvpacked(x * 1.5, *tables, cu_seqlens, max_seqlen).sin()
+    return masked_cross_attention_kvpacked(
+        x, context, *tables, *context_tables, cu_seqlens, cu_context, max_seqlen, max_context, kv_index=kv_index
+    )
+
+def under_autocast(*operands):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return layer(*operands)
+
+def op_under_autocast(x, context, tables, context_tables, cu_seqlens, cu_context, kv_index, max_seqlen, max_context):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        q, k, v = (x * 1.5).unbind(1)
+        return torch.ops.capi_kernels.visible_attention(q, k, v, *tables, cu_seqlens, max_seqlen, 0.3)[0].sin()
+
 compilations = 0
 def backend(graph, inputs):
     global compilations
@@ -134,24 +280,28 @@ def backend(graph, inputs):
     from torch._dynamo.backends.debugging import aot_eager
     return aot_eager(graph, inputs)
 
-compiled = torch.compile(layer, fullgraph=True, backend=backend)
-counts = []
-for lengths, contexts in (([3, 5], [4, 6]), ([7, 2, 4], [5, 9, 3]), ([6, 6], [9, 8]), ([5, 0, 9, 8], [7, 6, 11, 2])):
-    generator = torch.Generator().manual_seed(len(counts))
-    x = torch.randn(sum(lengths), 3, 2, 8, generator=generator, requires_grad=True)
-    context = torch.randn(sum(contexts), 2, 2, 8, generator=generator, requires_grad=True)
-    tables = torch.randn(2, sum(lengths), 8, generator=generator).unbind(0)
-    context_tables = torch.randn(2, sum(contexts), 8, generator=generator).unbind(0)
-    rest = (tables, context_tables, cumulative(lengths), cumulative(contexts))
-    rest += (torch.arange(len(lengths)).flip(0), max(lengths), max(contexts))
-    results = []
-    for function in (layer, compiled):
-        out = function(x, context, *rest)
-        results.append((out, *torch.autograd.grad(out.square().sum(), (x, context))))
-    for actual, expected in zip(*results):
-        torch.testing.assert_close(actual, expected)
-    counts.append(compilations)
-print(counts)
+batches = ([3, 5], [4, 6]), ([7, 2, 4], [5, 9, 3]), ([6, 6], [9, 8]), ([5, 0, 9, 8], [7, 6, 11, 2])
+for function in (layer, packed, under_autocast, op_under_autocast):
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    counts, compilations = [], 0
+    for lengths, contexts in batches:
+        generator = torch.Generator().manual_seed(len(counts))
+        x = torch.randn(sum(lengths), 3, 2, 8, generator=generator, requires_grad=True)
+        context = torch.randn(sum(contexts), 2, 2, 8, generator=generator, requires_grad=True)
+        tables = torch.randn(2, sum(lengths), 8, generator=generator).unbind(0)
+        context_tables = torch.randn(2, sum(contexts), 8, generator=generator).unbind(0)
+        rest = (tables, context_tables, cumulative(lengths), cumulative(contexts))
+        rest += (torch.arange(len(lengths)).flip(0), max(lengths), max(contexts))
+        results = []
+        for run in (function, compiled):
+            out = run(x, context, *rest)
+            gradients = torch.autograd.grad(out.square().sum(), (x, context), materialize_grads=True)
+            results.append((out, *gradients))
+        for actual, expected in zip(*results):
+            torch.testing.assert_close(actual, expected)
+        assert out.dtype == (torch.float32 if function in (layer, packed) else torch.bfloat16)
+        counts.append(compilations)
+    print(function.__name__, counts)
 """
 
 
@@ -159,7 +309,7 @@ def test_compiles_whole_and_once_for_all_token_counts() -> None:
     # In a process of its own: the type checks of these tests are not for the compiler.
     run = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, env=os.environ)
     assert run.returncode == 0, run.stderr
-    first, second, *later = eval(run.stdout)
-    assert first == 1
-    assert second == 2  # Sizes become symbols when they change for the first time.
-    assert later == [2, 2]
+    # Sizes become symbols when they change for the first time.
+    assert run.stdout.splitlines() == [
+        f"{name} [1, 2, 2, 2]" for name in ("layer", "packed", "under_autocast", "op_under_autocast")
+    ]

@@ -118,9 +118,6 @@ def test_properties() -> None:
     first, second = run(masked_cross_attention, given), run(masked_cross_attention, given)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert all(torch.equal(given[name], x) for name, x in before.items())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        autocast = run(masked_cross_attention, given)
-    assert all(torch.equal(first[name], autocast[name]) for name in first)
     contiguous = run(masked_cross_attention, given | {name: given[name].contiguous() for name in ("k", "v")})
     assert all(torch.equal(first[name], contiguous[name]) for name in first)
 

@@ -99,9 +99,6 @@ def test_properties(lengths: str) -> None:
     assert all(torch.equal(given[name], x) for name, x in before.items())
     contiguous = run(visible_attention, given | {name: given[name].contiguous() for name in ("q", "k", "v")})
     assert all(torch.equal(first[name], contiguous[name]) for name in first)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        autocast = run(visible_attention, given)
-    assert all(torch.equal(first[name], autocast[name]) for name in first)
 
     # Another image's tokens, were they read, would show.
     poisoned = given | {"q": given["q"].clone(), "k": given["k"].clone(), "v": given["v"].clone()}

@@ -1,0 +1,331 @@
+"""Transformer blocks over packed tokens: attention, MLP, and residual branches computed for a subset of the images.
+
+The tokens of all images of a batch stand in one [tokens, dim] array, image after image. Layers compute in the type of
+their weights; inside `cast_weights` that is the type of copies made once for many forwards.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from capi.masking import cumulative_lengths
+from capi_kernels import masked_cross_attention, rotary_tables, visible_attention
+
+NORM_EPS = 1e-5
+ROPE_MAX_FREQUENCY = 7.0  # periods over the side of an image
+ROPE_MIN_FREQUENCY = 7e-4
+
+
+class Packed(NamedTuple):
+    """Where the tokens of each image lie in a packed array, and where in the image they lie."""
+
+    cu_seqlens: Int[Tensor, "images_plus_1"]
+    coords: Float[Tensor, "tokens 2"]
+    max_seqlen: int
+
+
+def pack(counts: Sequence[int], coords: Float[Tensor, "tokens 2"]) -> Packed:
+    """The images' numbers of tokens, which the host knows, and all their coordinates."""
+    return Packed(cumulative_lengths(counts).to(coords.device, non_blocking=True), coords, max(counts, default=0))
+
+
+class Subset(NamedTuple):
+    """The images that a residual branch is computed for, as tokens of a packed array."""
+
+    tokens: Int[Tensor, "kept"]
+    """Their places in the whole."""
+    place: Int[Tensor, "tokens"]
+    """The place of each token of the whole in the subset, -1 where it is left out."""
+    cu_seqlens: Int[Tensor, "kept_images_plus_1"]
+    weight: float
+    """Makes up for the images left out."""
+
+
+class DropPath:
+    """Draws, on the host, which images a residual branch is computed for."""
+
+    def __init__(self, rate: float, rng: np.random.Generator):
+        self.keep = 1 - rate
+        self.rng = rng
+
+    def draw(self, n_images: int, n_branches: int) -> Int[np.ndarray, "branches kept"]:
+        n_kept = max(int(n_images * self.keep), 1)
+        return np.stack([self.rng.permutation(n_images)[:n_kept] for _ in range(n_branches)])
+
+
+def subsets(images: Int[np.ndarray, "branches kept"], counts: Sequence[int], device: torch.device) -> list[Subset]:
+    """The tokens of each branch's images, whatever their `counts` of tokens."""
+    n_images, n_kept = len(counts), images.shape[1]
+    weight = n_images / n_kept
+    if len(set(counts)) > 1:
+        starts = np.concatenate([[0], np.cumsum(counts)])
+        result = []
+        for kept in images:
+            tokens = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in kept])
+            place = np.full(starts[-1], -1)
+            place[tokens] = np.arange(len(tokens))
+            cu_seqlens = cumulative_lengths([counts[i] for i in kept])
+            parts = (torch.from_numpy(tokens), torch.from_numpy(place), cu_seqlens)
+            result.append(Subset(*(x.to(device, non_blocking=True) for x in parts), weight))
+        return result
+    # All branches in one transfer; the device expands images to tokens.
+    place = np.full((len(images), n_images), -1)
+    np.put_along_axis(place, images, np.arange(n_kept)[None], axis=1)
+    both = torch.from_numpy(np.concatenate([images, place], axis=1)).to(device, non_blocking=True).unsqueeze(-1)
+    n_tokens = counts[0]
+    offset = torch.arange(n_tokens, device=device)
+    kept, place = both.split([n_kept, n_images], dim=1)
+    tokens = (kept * n_tokens + offset).flatten(1)
+    place = torch.where(place < 0, -1, place * n_tokens + offset).flatten(1)
+    cu_seqlens = torch.arange(n_kept + 1, dtype=torch.int32, device=device) * n_tokens
+    return [Subset(*both, cu_seqlens, weight) for both in zip(tokens.unbind(), place.unbind(), strict=True)]
+
+
+class _TakeRows(torch.autograd.Function):
+    """x[tokens]; since no token is taken twice, the gradient is read rather than scattered: in one order, and fused."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, tokens: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        return x.index_select(0, tokens)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor, None, None]:
+        (place,) = ctx.saved_tensors
+        return _placed(dy, place), None, None
+
+
+class _AddRows(torch.autograd.Function):
+    """x, and on its rows `tokens` weight * y more."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, y: Tensor, tokens: Tensor, place: Tensor, weight: float) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.weight = weight
+        return torch.add(x, _placed(y, place), alpha=weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, dout: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        (tokens,) = ctx.saved_tensors
+        return dout, dout.index_select(0, tokens) * ctx.weight, None, None, None
+
+
+def _placed(x: Tensor, place: Tensor) -> Tensor:
+    """Rows of x where they belong, zeros where none does."""
+    return torch.where((place < 0).unsqueeze(1), 0, x.index_select(0, place.clamp(min=0)))
+
+
+class CastsWeights(nn.Module):
+    """A layer that computes with `weights()`: copies of its parameters, stacked and cast, made once in `cast_weights`.
+
+    Gradients reach the parameters through the copies, in the parameters' own type.
+    """
+
+    _cast: tuple[Tensor, ...] | None = None
+
+    def cast(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        raise NotImplementedError
+
+    def weights(self) -> tuple[Tensor, ...]:
+        return self.cast(next(self.parameters()).dtype) if self._cast is None else self._cast
+
+
+@contextmanager
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, `model` computes in `dtype`, with copies of its weights made on entry."""
+    layers = [layer for layer in model.modules() if isinstance(layer, CastsWeights)]
+    try:
+        for layer in layers:
+            layer._cast = layer.cast(dtype)
+        yield
+    finally:
+        for layer in layers:
+            layer._cast = None
+
+
+class Rope(nn.Module):
+    """Frequencies of the two-dimensional rotary embedding, in radians over the image's side; never trained."""
+
+    def __init__(self, head_dim: int):
+        super().__init__()
+        self.freqs = nn.Parameter(torch.empty(2, head_dim), requires_grad=False)
+
+    def init_weights(self) -> None:
+        half = self.freqs.shape[1] // 2
+        ratio = ROPE_MAX_FREQUENCY / ROPE_MIN_FREQUENCY
+        frequencies = 2 * torch.pi * ROPE_MAX_FREQUENCY * ratio ** torch.linspace(0, -1, half // 2)
+        self.freqs.zero_()
+        self.freqs[0, :half] = frequencies.repeat(2)  # the row turns the first half of the channels
+        self.freqs[1, half:] = frequencies.repeat(2)  # the column the second
+
+
+class Attention(CastsWeights):
+    """Multi-head attention with rotary queries and keys."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_proj = nn.Linear(dim, dim, bias=False)
+        self.k_proj = nn.Linear(dim, dim, bias=False)
+        self.v_proj = nn.Linear(dim, dim, bias=False)
+        self.proj = nn.Linear(dim, dim, bias=False)
+        self.rope = Rope(dim // num_heads)
+
+
+class SelfAttention(Attention):
+    """From the tokens of an image to themselves."""
+
+    def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        qkv = [layer.weight.to(dtype) for layer in (self.q_proj, self.k_proj, self.v_proj)]
+        return torch.cat(qkv), self.proj.weight.to(dtype)
+
+    def forward(self, x: Float[Tensor, "tokens dim"], packed: Packed) -> Float[Tensor, "tokens dim"]:
+        qkv_weight, proj_weight = self.weights()
+        qkv = F.linear(x, qkv_weight).unflatten(-1, (3, self.num_heads, -1))
+        tables = rotary_tables(packed.coords, self.rope.freqs)
+        out = visible_attention(*qkv.unbind(1), *tables, packed.cu_seqlens, packed.max_seqlen)
+        return F.linear(out.flatten(1), proj_weight)
+
+
+class CrossAttention(Attention):
+    """From queries to the encoder's output."""
+
+    def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        kv = [layer.weight.to(dtype) for layer in (self.k_proj, self.v_proj)]
+        return self.q_proj.weight.to(dtype), torch.cat(kv), self.proj.weight.to(dtype)
+
+    def forward(
+        self,
+        x: Float[Tensor, "queries dim"],
+        packed: Packed,
+        context: Float[Tensor, "context dim"],
+        context_packed: Packed,
+    ) -> Float[Tensor, "queries dim"]:
+        q_weight, kv_weight, proj_weight = self.weights()
+        q = F.linear(x, q_weight).unflatten(-1, (self.num_heads, -1))
+        kv = F.linear(context, kv_weight).unflatten(-1, (2, self.num_heads, -1))
+        out = masked_cross_attention(
+            q,
+            *kv.unbind(1),
+            *rotary_tables(packed.coords, self.rope.freqs),
+            *rotary_tables(context_packed.coords, self.rope.freqs),
+            packed.cu_seqlens,
+            context_packed.cu_seqlens,
+            packed.max_seqlen,
+            context_packed.max_seqlen,
+        )
+        return F.linear(out.flatten(1), proj_weight)
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / rms(x) * weight, with the weight in the type of x: mixed types would miss PyTorch's fused kernel."""
+
+    def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+        weight = self.weight.to(x.dtype) if self.elementwise_affine else None
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+
+
+class Mlp(CastsWeights):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 4 * dim, bias=False)
+        self.fc2 = nn.Linear(4 * dim, dim, bias=False)
+
+    def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return self.fc1.weight.to(dtype), self.fc2.weight.to(dtype)
+
+    def forward(self, x: Float[Tensor, "tokens dim"]) -> Float[Tensor, "tokens dim"]:
+        fc1, fc2 = self.weights()
+        return F.linear(F.gelu(F.linear(x, fc1)), fc2)
+
+
+class Residual(nn.Module):
+    """x + fn(norm(x), ...); on a subset of the images alone where one is given, re-weighted."""
+
+    def __init__(self, dim: int, fn: nn.Module):
+        super().__init__()
+        self.norm = RMSNorm(dim, eps=NORM_EPS)
+        self.fn = fn
+
+    def forward(
+        self, x: Float[Tensor, "tokens dim"], subset: Subset | None, *arguments: Tensor | Packed
+    ) -> Float[Tensor, "tokens dim"]:
+        if subset is None:
+            return x + self.fn(self.norm(x), *arguments)
+        kept = _TakeRows.apply(x, subset.tokens, subset.place)
+        return _AddRows.apply(x, self.fn(self.norm(kept), *arguments), subset.tokens, subset.place, subset.weight)
+
+
+def _restricted(packed: Packed, subset: Subset | None) -> Packed:
+    if subset is None:
+        return packed
+    return Packed(subset.cu_seqlens, packed.coords.index_select(0, subset.tokens), packed.max_seqlen)
+
+
+class Block(nn.Module):
+    """Attention, to the tokens themselves or to a context, then an MLP: the unit that is compiled or recomputed."""
+
+    def __init__(self, dim: int, attention: Attention):
+        super().__init__()
+        self.residual1 = Residual(dim, attention)
+        self.residual2 = Residual(dim, Mlp(dim))
+
+    def forward(
+        self,
+        x: Float[Tensor, "tokens dim"],
+        packed: Packed,
+        context: Float[Tensor, "context dim"] | None = None,
+        context_packed: Packed | None = None,
+        attention_subset: Subset | None = None,
+        context_subset: Subset | None = None,
+        mlp_subset: Subset | None = None,
+    ) -> Float[Tensor, "tokens dim"]:
+        arguments = (_restricted(packed, attention_subset),)
+        if context is not None:
+            if context_subset is not None:
+                context = _TakeRows.apply(context, context_subset.tokens, context_subset.place)
+            arguments += (context, _restricted(context_packed, context_subset))
+        x = self.residual1(x, attention_subset, *arguments)
+        return self.residual2(x, mlp_subset)
+
+
+class Transformer(nn.Module):
+    def __init__(self, dim: int, num_heads: int, depth: int, attention: type[Attention]):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(dim, attention(dim, num_heads)) for _ in range(depth))
+        self.checkpoint_activations = False
+
+    def forward(
+        self,
+        x: Float[Tensor, "tokens dim"],
+        packed: Packed,
+        counts: Sequence[int],
+        context: Float[Tensor, "context dim"] | None = None,
+        context_packed: Packed | None = None,
+        context_counts: Sequence[int] = (),
+        drop_path: DropPath | None = None,
+    ) -> Float[Tensor, "tokens dim"]:
+        depth = len(self.blocks)
+        attention = of_context = mlp = [None] * depth
+        if drop_path is not None:
+            drawn = drop_path.draw(len(counts), 2 * depth)
+            attention, mlp = subsets(drawn[:depth], counts, x.device), subsets(drawn[depth:], counts, x.device)
+            if context is not None:
+                of_context = subsets(drawn[:depth], context_counts, x.device)
+        for block, *chosen in zip(self.blocks, attention, of_context, mlp, strict=True):
+            arguments = (x, packed, context, context_packed, *chosen)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(*arguments)
+        return x
