@@ -17,7 +17,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from capi.masking import cumulative_lengths
-from capi_kernels import masked_cross_attention, rotary_tables, visible_attention
+from capi_kernels import masked_cross_attention_kvpacked, rotary_tables, visible_attention_qkvpacked
 
 NORM_EPS = 1e-5
 ROPE_MAX_FREQUENCY = 7.0  # periods over the side of an image
@@ -193,7 +193,7 @@ class SelfAttention(Attention):
         qkv_weight, proj_weight = self.weights()
         qkv = F.linear(x, qkv_weight).unflatten(-1, (3, self.num_heads, -1))
         tables = rotary_tables(packed.coords, self.rope.freqs)
-        out = visible_attention(*qkv.unbind(1), *tables, packed.cu_seqlens, packed.max_seqlen)
+        out = visible_attention_qkvpacked(qkv, *tables, packed.cu_seqlens, packed.max_seqlen)
         return F.linear(out.flatten(1), proj_weight)
 
 
@@ -214,9 +214,9 @@ class CrossAttention(Attention):
         q_weight, kv_weight, proj_weight = self.weights()
         q = F.linear(x, q_weight).unflatten(-1, (self.num_heads, -1))
         kv = F.linear(context, kv_weight).unflatten(-1, (2, self.num_heads, -1))
-        out = masked_cross_attention(
+        out = masked_cross_attention_kvpacked(
             q,
-            *kv.unbind(1),
+            kv,
             *rotary_tables(packed.coords, self.rope.freqs),
             *rotary_tables(context_packed.coords, self.rope.freqs),
             packed.cu_seqlens,
