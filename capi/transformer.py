@@ -74,12 +74,12 @@ def subsets(images: Int[np.ndarray, "branches kept"], counts: Sequence[int], dev
             place[tokens] = np.arange(len(tokens))
             cu_seqlens = cumulative_lengths([counts[i] for i in kept])
             parts = (torch.from_numpy(tokens), torch.from_numpy(place), cu_seqlens)
-            result.append(Subset(*(x.to(device, non_blocking=True) for x in parts), weight))
+            result.append(Subset(*(_sent(x, device) for x in parts), weight))
         return result
     # All branches in one transfer; the device expands images to tokens.
     place = np.full((len(images), n_images), -1)
     np.put_along_axis(place, images, np.arange(n_kept)[None], axis=1)
-    both = torch.from_numpy(np.concatenate([images, place], axis=1)).to(device, non_blocking=True).unsqueeze(-1)
+    both = _sent(torch.from_numpy(np.concatenate([images, place], axis=1)), device).unsqueeze(-1)
     n_tokens = counts[0]
     offset = torch.arange(n_tokens, device=device)
     kept, place = both.split([n_kept, n_images], dim=1)
@@ -87,6 +87,11 @@ def subsets(images: Int[np.ndarray, "branches kept"], counts: Sequence[int], dev
     place = torch.where(place < 0, -1, place * n_tokens + offset).flatten(1)
     cu_seqlens = torch.arange(n_kept + 1, dtype=torch.int32, device=device) * n_tokens
     return [Subset(*both, cu_seqlens, weight) for both in zip(tokens.unbind(), place.unbind(), strict=True)]
+
+
+def _sent(x: Tensor, device: torch.device) -> Tensor:
+    """x on the device; from pinned memory, since a copy from any other waits for the GPU."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
 class _TakeRows(torch.autograd.Function):
