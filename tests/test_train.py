@@ -82,6 +82,7 @@ def test_a_run_writes_its_folder(arguments, tmp_path, capsys) -> None:
         assert 0 <= line["data_wait"] <= 1
     assert lines[0]["target_entropy_floor"] == pytest.approx(0.6931, abs=1e-4)
     assert lines[0]["target_entropy"] > 0.69
+    assert lines[0]["positional_mi"] > 0  # Of so few tokens even by chance, unless all stood at one position.
     resolved = load_config(["--config", str(run_dir / "config.yaml")])
     assert resolved.optim.batch_size == 8
     assert (run_dir / "curves.png").read_bytes()[:4] == (run_dir / "features.png").read_bytes()[:4] == b"\x89PNG"
