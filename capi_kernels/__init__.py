@@ -3,6 +3,7 @@
 from capi_kernels import reference
 from capi_kernels._rotary import apply_rotary, rotary_tables
 from capi_kernels.clustering import clustering_head
+from capi_kernels.cross_attention_weights import cross_attention_weights
 from capi_kernels.masked_cross_attention import masked_cross_attention, masked_cross_attention_kvpacked
 from capi_kernels.reference import ClusteringHead, Potentials, TargetRows
 from capi_kernels.sinkhorn import assignments_from_potentials, sinkhorn_positionwise, sinkhorn_potentials
@@ -16,6 +17,7 @@ __all__ = [
     "apply_rotary",
     "assignments_from_potentials",
     "clustering_head",
+    "cross_attention_weights",
     "masked_cross_attention",
     "masked_cross_attention_kvpacked",
     "reference",
