@@ -72,6 +72,7 @@ def _write(dx: Tensor, cos: Tensor | None, sin: Tensor | None, out: Tensor) -> N
 
 def _bmm(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
     """Scaled product of [groups, heads, m, n] and [groups, heads, n, p]; matmul would look for broadcasts."""
+    # In place, which autocast leaves alone: it may be on in a backward.
     out = torch.empty((*a.shape[:3], b.shape[3]), dtype=a.dtype, device=a.device)
     out.flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1), beta=0, alpha=scale)
     return out

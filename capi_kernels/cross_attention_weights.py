@@ -29,7 +29,6 @@ OP = "capi_kernels::cross_attention_weights"
 torch.library.define(OP, f"({OPERANDS}) -> Tensor weights")
 torch.library.define(f"{OP}_backward", f"(Tensor dweights, Tensor weights, {OPERANDS}) -> (Tensor dq, Tensor dk)")
 register_autocast(OP, 2)
-register_autocast(f"{OP}_backward", 0)
 
 
 @torch.library.impl(OP, "CPU")

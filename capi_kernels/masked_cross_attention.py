@@ -39,7 +39,6 @@ torch.library.define(
     f"{OP}_backward", f"(Tensor do, Tensor out, Tensor[] saved, {OPERANDS}) -> (Tensor dq, Tensor dkv)"
 )
 register_autocast(OP, 3)
-register_autocast(f"{OP}_backward", 0)
 
 
 @torch.library.impl(OP, "CPU")

@@ -104,15 +104,28 @@ def leaves_of(case: str) -> int:
     return 2 if "weights" in case else 3
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_opcheck(case: str) -> None:
-    op, operands = CASES[case]
+def check_ops(op, operands: tuple) -> None:
     torch.library.opcheck(op, operands)
     operands = [x.detach() if isinstance(x, Tensor) else x for x in operands]
     results = op(*operands)
     out, *saved = (results,) if isinstance(results, Tensor) else results
     backward = getattr(OPS, f"{op._opname}_backward").default
     torch.library.opcheck(backward, (torch.randn_like(out), out, *saved, *operands))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_opcheck(case: str) -> None:
+    check_ops(*CASES[case])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_opcheck_on_a_gpu(case: str, dtype: torch.dtype) -> None:
+    op, operands = CASES[case]
+    leaves = [x.detach().to("cuda", dtype).requires_grad_() for x in operands[: leaves_of(case)]]
+    rest = [x.to("cuda") if isinstance(x, Tensor) else x for x in operands[leaves_of(case) :]]
+    check_ops(op, (*leaves, *rest))
 
 
 def test_shapes_on_a_gpu_without_one() -> None:
