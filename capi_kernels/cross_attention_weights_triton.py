@@ -228,6 +228,11 @@ def _padded_operands(x: Operands) -> tuple:
     return x.q, x.k, tables, layouts, x.kv_index, x.scale
 
 
+def as_rows(x: Tensor) -> Tensor:
+    """x [groups, heads, queries, keys] with contiguous rows: itself, or a copy where 32-bit offsets do not reach."""
+    return x if x.stride(3) == 1 and 0 <= x.stride(2) * x.shape[2] < 2**31 else x.contiguous()
+
+
 def _strides(**tensors: Tensor) -> dict[str, int]:
     """Of [groups, heads, queries, keys]."""
     axes = ("group", "head", "query")
@@ -265,7 +270,7 @@ def cross_attention_weights_backward(
     config = config_for(q.dtype, x.head_dim, x.max_seqlen_k)
     if config is None:
         return padded_attention_weights_backward(dweights, weights, *_padded_operands(x))
-    dweights, weights = (y if y.stride(3) == 1 else y.contiguous() for y in (dweights, weights))
+    dweights, weights = as_rows(dweights), as_rows(weights)
     dq, dk = (torch.empty(y.shape, dtype=y.dtype, device=y.device) for y in (q, k))
     weights_backward_kernel[(x.contexts * x.heads,)](
         **x.arguments(weights_backward_kernel, weights=weights, dweights=dweights, dq=dq, dk=dk),

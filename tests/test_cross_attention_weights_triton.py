@@ -207,6 +207,13 @@ def test_any_strides_and_an_int32_index_give_the_same_bits(kernels):
     assert_same_bits(run(expanded), run(expanded._replace(dweights=expanded.dweights.contiguous())))
 
 
+def test_rows_too_far_apart_are_copied(monkeypatch):
+    monkeypatch.undo()  # A copy of a meta tensor takes options that guarded memory has not.
+    near, far = (torch.empty_strided((2, 3, 256, 8), (8, 8, n, 1), device="meta") for n in (2**23 - 1, 2**23))
+    assert cross_attention_weights_triton.as_rows(near) is near
+    assert cross_attention_weights_triton.as_rows(far).stride() == (3 * 256 * 8, 256 * 8, 8, 1)
+
+
 def test_same_bits_twice(kernels):
     x = inputs((3, 18, 5), (9, 20), 2, 16, torch.float16, kv_index=(1, 0, 1))
     assert_same_bits(run(x), run(x))
