@@ -105,6 +105,8 @@ def tiled_forward_kernel(
     inverse_l = 1 / tl.where(l > 0, l, 1.0)  # The context may be empty.
     o = o * inverse_l[:, None]
     store_channels(out_ptr + head * out_stride_head, o, tile, mask_q, out_stride_token, 0, HEAD_DIM, BLOCK_D)
+    # Of an empty context m must be finite, for -inf - m to stay -inf in the backward.
+    m = tl.maximum(m, -1e30)
     store_stats(stats_ptr + head * queries, m, inverse_l, tile, mask_q, tl.cast(queries, tl.int64) * heads)
 
 
@@ -168,9 +170,15 @@ def tiled_dq_kernel(
     do = load_channels(do_ptr + head * do_stride_head, tile, mask_q, do_stride_token, 0, HEAD_DIM, BLOCK_D)
     m, inverse_l = load_stats(stats_ptr + head * queries, tile, mask_q, tl.cast(queries, tl.int64) * heads)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
-    tl.store(delta_ptr + head * queries + tile + tl.arange(0, BLOCK_Q), delta, mask=mask_q)
     dq1 = tl.zeros([BLOCK_Q, BLOCK_HALF], tl.float32)
     dq2 = tl.zeros([BLOCK_Q, BLOCK_HALF], tl.float32)
+    # In float32 the rounding of o would show where few keys hold the weight, and rowsum(P dP) has none of it. What
+    # rowsum(o do) lacks is found on the way and added in the end, dq - (rowsum(P dP) - rowsum(o do)) P K.
+    EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
+    if EXACT:
+        rest = tl.zeros([BLOCK_Q], tl.float32)
+        pk1 = tl.zeros([BLOCK_Q, BLOCK_HALF], tl.float32)
+        pk2 = tl.zeros([BLOCK_Q, BLOCK_HALF], tl.float32)
     for key in range(k_start, k_end, BLOCK_K):
         mask_k = tl.arange(0, BLOCK_K) < k_end - key
         k1 = load_channels(k_ptr, key, mask_k, k_stride_token, 0, HALF, BLOCK_HALF)
@@ -184,6 +192,15 @@ def tiled_dq_kernel(
         ds = (p * (dp - delta[:, None])).to(k1.dtype)
         dq1 = tl.dot(ds, k1, dq1, input_precision="ieee")
         dq2 = tl.dot(ds, k2, dq2, input_precision="ieee")
+        if EXACT:
+            rest += tl.sum(ds, 1)
+            pk1 = tl.dot(p, k1, pk1, input_precision="ieee")
+            pk2 = tl.dot(p, k2, pk2, input_precision="ieee")
+    if EXACT:
+        dq1 -= rest[:, None] * pk1
+        dq2 -= rest[:, None] * pk2
+        delta += rest
+    tl.store(delta_ptr + head * queries + tile + tl.arange(0, BLOCK_Q), delta, mask=mask_q)
     dq_ptr += head * dq_stride_head
     store_unrotated(
         dq_ptr, dq1 * scale, dq2 * scale, q_cos_ptr, q_sin_ptr, tile, mask_q, dq_stride_token, HEAD_DIM, BLOCK_HALF
