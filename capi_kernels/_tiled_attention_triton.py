@@ -5,8 +5,12 @@
 
 Kernels that read keys again and again find them rotated in advance: a rotation in the loop would read 4 bytes of tables
 for each of k. Never written to memory: S, P and their gradients. Every sum has one order, so results repeat bit by bit.
+
+Tensors in float32 come here whatever their lengths: a whole tile of their keys takes too many registers, and products
+without the matrix unit take longer than the reads that it would save.
 """
 
+from itertools import product
 from typing import no_type_check
 
 import torch
@@ -16,9 +20,12 @@ from torch import Tensor
 
 from capi_kernels._attention_triton import (
     HEAD_DIMS,
+    TARGETS,
     Config,
     Operands,
+    capability,
     compile_case,
+    compile_cases,
     count_readers,
     load_stats,
     new_output,
@@ -312,16 +319,21 @@ def dq_config(dtype: torch.dtype, head_dim: int) -> Config:
     return Config(64, 32 if wide else 64, 4, num_stages=2)
 
 
-def dkdv_config(dtype: torch.dtype, head_dim: int) -> Config:
+def dkdv_config(dtype: torch.dtype, head_dim: int, capability: int) -> Config:
     wide = head_dim > 64
     if dtype == torch.float32:
-        return Config(32, 16, 8 if wide else 4, max_registers=128)
-    return Config(16, 64, 8, num_stages=2) if wide else Config(32, 64, 4, num_stages=2)
+        return Config(32, 16, 8 if wide else 4, max_registers=168 if wide else 128)
+    if wide:
+        return Config(16, 64, 8, num_stages=2)
+    # A limit of 255 keeps the assembler from a lower one of its own, which would spill.
+    if head_dim <= 32:
+        return Config(32, 64, 4, max_registers=255, num_stages=2)
+    return Config(32, 64, 4 if capability == 90 else 8, num_stages=2)
 
 
-def tiled_forward(x: Operands, config: Config | None = None) -> tuple[Tensor, Tensor]:
+def tiled_forward(x: Operands) -> tuple[Tensor, Tensor]:
     out, stats = new_output(x)
-    config = config or forward_config(x.q.dtype, x.head_dim, x.max_seqlen_q)
+    config = forward_config(x.q.dtype, x.head_dim, x.max_seqlen_q)
     x = x._replace(k=rotated(x.k, x.k_cos, x.k_sin))
     tiles = triton.cdiv(x.max_seqlen_q, config.block_q)
     tiled_forward_kernel[(tiles * x.heads * x.groups,)](
@@ -334,18 +346,10 @@ def tiled_forward(x: Operands, config: Config | None = None) -> tuple[Tensor, Te
     return out, stats
 
 
-def tiled_backward(
-    x: Operands,
-    do: Tensor,
-    out: Tensor,
-    stats: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    configs: tuple[Config, Config] | None = None,
-) -> None:
+def tiled_backward(x: Operands, do: Tensor, out: Tensor, stats: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
     """Write dq, dk and dv, whatever their strides."""
-    for_dq, for_dkdv = configs or (dq_config(x.q.dtype, x.head_dim), dkdv_config(x.q.dtype, x.head_dim))
+    for_dq = dq_config(x.q.dtype, x.head_dim)
+    for_dkdv = dkdv_config(x.q.dtype, x.head_dim, capability(x.q.device))
     delta = torch.empty_like(stats[0])
     x = x._replace(q=rotated(x.q, x.q_cos, x.q_sin), k=rotated(x.k, x.k_cos, x.k_sin))
     tiles = triton.cdiv(x.max_seqlen_q, for_dq.block_q)
@@ -368,18 +372,15 @@ def tiled_backward(
 
 def _compile_cases() -> list:
     cases = []
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for head_dim in HEAD_DIMS:
-            cases.append(compile_case(rotate_kernel, dtype, head_dim, Config(ROTATE_TOKENS, 1, 4)))
-            queries = (32,) if dtype == torch.float32 else (16, 320, 4096)
-            forward = {forward_config(dtype, head_dim, n): n for n in queries}
-            for kernel, configs in (
-                (tiled_forward_kernel, forward),
-                (tiled_dq_kernel, (dq_config(dtype, head_dim),)),
-                (tiled_dkdv_kernel, (dkdv_config(dtype, head_dim),)),
-            ):
-                for config in configs:
-                    cases += [compile_case(kernel, dtype, head_dim, config, indexed) for indexed in (False, True)]
+    for dtype, head_dim in product((torch.bfloat16, torch.float16, torch.float32), HEAD_DIMS):
+        cases.append(compile_case(rotate_kernel, dtype, head_dim, Config(ROTATE_TOKENS, 1, 4)))
+        for indexed in (False, True):
+            for queries in (16, 320, 4096)[: 1 if dtype == torch.float32 else None]:
+                config = forward_config(dtype, head_dim, queries)
+                cases.append(compile_case(tiled_forward_kernel, dtype, head_dim, config, indexed))
+            cases.append(compile_case(tiled_dq_kernel, dtype, head_dim, dq_config(dtype, head_dim), indexed))
+            configs = {target: dkdv_config(dtype, head_dim, target) for target in TARGETS}
+            cases += compile_cases(tiled_dkdv_kernel, dtype, head_dim, configs, indexed)
     return cases
 
 

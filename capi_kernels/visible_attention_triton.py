@@ -15,6 +15,7 @@ from torch import Tensor
 from capi_kernels._attention_triton import (
     HEAD_DIMS,
     RESIDENT_KEYS,
+    TARGETS,
     Config,
     Operands,
     as_operand,
@@ -169,7 +170,7 @@ def visible_attention_backward(
 def _compile_cases() -> list:
     cases = []
     for dtype, head_dim, tokens in product((torch.bfloat16, torch.float16), HEAD_DIMS, (64, 128)):
-        configs = {target: forward_config(dtype, head_dim, tokens, target) for target in (80, 90, 100)}
+        configs = {target: forward_config(dtype, head_dim, tokens, target) for target in TARGETS}
         cases += compile_cases(resident_forward_kernel, dtype, head_dim, configs)
     return cases
 

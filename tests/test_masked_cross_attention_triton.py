@@ -244,7 +244,7 @@ def test_nothing_to_do():
 
 def test_a_few_queries_take_the_resident_kernels():
     for queries, keys in ((1, 1), (8, 106), (166, 106), (256, 128)):
-        assert masked_cross_attention_triton.forward_config(torch.bfloat16, 64, queries, keys) is not None
+        assert masked_cross_attention_triton.forward_config(torch.bfloat16, 64, queries, keys, 90) is not None
         for indexed in (False, True):
             assert _attention_triton.backward_config(torch.bfloat16, 64, keys, indexed, 90) is not None
 
