@@ -66,7 +66,10 @@ def usage(kernel, arguments: dict, options: dict, target: int) -> Usage:
 
 
 def chosen(modules: list[str], targets: list[int], sample: bool) -> dict[tuple[str, int], list[int]]:
-    """The targets for which to compile each case, (module, index); of a sample, two of each kernel and type of data."""
+    """The targets for which to compile each case, (module, index).
+
+    A sample is one of each kernel and type of data: the last for the first target, the median for the others.
+    """
     cases = {}
     for module in modules:
         for target in targets:
@@ -75,8 +78,8 @@ def chosen(modules: list[str], targets: list[int], sample: bool) -> dict[tuple[s
                 if not only or target in only[0]:
                     kinds.setdefault((kernel, name.split()[0]) if sample else index, []).append(index)
             for indices in kinds.values():
-                for index in {indices[(len(indices) - 1) // 2], indices[-1]}:
-                    cases.setdefault((module, index), []).append(target)
+                index = indices[-1 if target == targets[0] else (len(indices) - 1) // 2]
+                cases.setdefault((module, index), []).append(target)
     return {case: cases[case] for case in sorted(cases, key=lambda case: (modules.index(case[0]), case[1]))}
 
 
@@ -104,7 +107,7 @@ def main() -> None:
     parser.add_argument("targets", nargs="*", type=int, default=TARGETS, metavar="CAPABILITY")
     parser.add_argument("--check", action="store_true", help="write no report")
     parser.add_argument("--modules", nargs="+", default=MODULES, help="files of capi_kernels")
-    parser.add_argument("--sample", action="store_true", help="two configurations of each kernel and type of data")
+    parser.add_argument("--sample", action="store_true", help="one configuration of each kernel and type of data")
     arguments = parser.parse_args()
 
     lines = [

@@ -169,7 +169,7 @@ def visible_attention_backward(
 
 def _compile_cases() -> list:
     cases = []
-    for dtype, head_dim, tokens in product((torch.bfloat16, torch.float16), HEAD_DIMS, (64, 128)):
+    for dtype, tokens, head_dim in product((torch.bfloat16, torch.float16), (64, 128), HEAD_DIMS):
         configs = {target: forward_config(dtype, head_dim, tokens, target) for target in TARGETS}
         cases += compile_cases(resident_forward_kernel, dtype, head_dim, configs)
     return cases

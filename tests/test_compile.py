@@ -24,7 +24,7 @@ def run_python(*arguments: str | Path, environment: dict[str, str] | None = None
 
 
 def test_no_default_configuration_spills() -> None:
-    """Two configurations of each kernel and type of data; `python benchmarks/compile_report.py` compiles them all."""
+    """One of each kernel and type of data, twice; `python benchmarks/compile_report.py` compiles them all."""
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(REPORT.parents[1])

@@ -111,6 +111,16 @@ def test_large_scores(route):
     assert_accurate(draws)
 
 
+def test_gradients_of_saturated_rows(route):
+    """All weight on one key, 24 nats above the others: of dP - rowsum(P dP) there, no rounding may be left."""
+    draws = draw((16, 16), 1, 16, torch.float32, rotary=False)
+    for projection, *_ in draws:
+        for image in projection.split(16):
+            image[:, 1, 0] = 4 * torch.linalg.qr(image[:, 1, 0])[0]
+            image[:, 0] = 6 * image[:, 1]
+    assert_accurate(draws)
+
+
 @pytest.mark.parametrize("max_seqlen", [20, 33, 65, 129])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_default_configurations(max_seqlen, dtype):
