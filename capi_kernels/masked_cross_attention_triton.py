@@ -2,8 +2,8 @@
 
 A few queries over about a hundred keys: keys fill the long side of the matrix instructions (S^T = K Q^T), queries are
 padded to 16 and not to a tile of 64 or 128. Up to 128 keys a program holds them all, forward and backward, and writes
-neither scores nor weights nor rotated q and k; longer contexts pass in tiles (`_tiled_attention_triton`). In the
-backward one program owns the keys of a context and meets the groups that read it in order: no atomics, one result.
+neither scores nor weights nor rotated q and k; longer contexts, and float32, pass in tiles (`_tiled_attention_triton`).
+In the backward one program owns the keys of a context and meets the groups that read it in order: no atomics.
 """
 
 from itertools import product

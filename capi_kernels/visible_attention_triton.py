@@ -1,7 +1,7 @@
 """o_i = sum_j softmax_j(rope(q_i) . rope(k_j) scale) v_j over the tokens of one image, and its gradients.
 
-Up to 128 tokens an image a program holds all keys and values of a head, forward and backward; longer images pass in
-tiles (`_tiled_attention_triton`). Never written to memory: scores, weights, and the rotated q and k of short images.
+Up to 128 tokens an image a program holds all keys and values of a head, forward and backward; longer images, and all in
+float32, pass in tiles (`_tiled_attention_triton`). Never written to memory: scores, weights, rotated q and k of others.
 """
 
 from itertools import product
