@@ -14,7 +14,7 @@ from capi_kernels.masked_cross_attention_triton import masked_cross_attention_ba
 
 pytestmark = pytest.mark.usefixtures("guarded_memory")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DRAWS = 4
+DRAWS = 8
 
 
 class Inputs(NamedTuple):
@@ -63,8 +63,8 @@ def defined(x: Inputs, dtype: torch.dtype, scale: float | None = None) -> tuple[
     return out.detach(), *torch.autograd.grad(out, (q, k, v), x.do)
 
 
-def draw(*arguments, **options) -> list[Inputs]:
-    return [packed_inputs(*arguments, **options, seed=seed) for seed in range(DRAWS)]
+def draw(*arguments, draws=DRAWS, **options) -> list[Inputs]:
+    return [packed_inputs(*arguments, **options, seed=seed) for seed in range(draws)]
 
 
 def assert_accurate(draws: list[Inputs], scale: float | None = None) -> None:
@@ -101,13 +101,13 @@ CONTEXTS = (21, 16, 1, 32, 17, 0)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("heads", "head_dim"), [(1, 16), (1, 40), (1, 64)])
 def test_output_and_gradients(route, dtype, heads, head_dim):
-    assert_accurate(draw(QUERIES, CONTEXTS, heads, head_dim, dtype))
+    assert_accurate(draw(QUERIES, CONTEXTS, heads, head_dim, dtype, draws=4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_groups_choose_their_contexts(route, dtype):
     """Three groups read one context, two a second out of order; two contexts are read by nobody."""
-    draws = draw((3, 8, 0, 17, 2, 5), (9, 20, 17, 32, 4), 1, 16, dtype, kv_index=(3, 1, 3, 3, 0, 1))
+    draws = draw((3, 8, 0, 17, 2, 5), (9, 20, 17, 32, 4), 1, 16, dtype, kv_index=(3, 1, 3, 3, 0, 1), draws=4)
     assert_accurate(draws)
     x = draws[0]
     _, _, dk, dv = run(x)
@@ -119,17 +119,17 @@ def test_groups_choose_their_contexts(route, dtype):
 
 @pytest.mark.parametrize("rotary", [(False, False), (True, False), (False, True)])
 def test_tables_on_either_side(route, rotary):
-    assert_accurate(draw((3, 18), (20, 5), 1, 16, torch.float32, rotary=rotary), scale=0.3)
+    assert_accurate(draw((15, 18), (20, 5), 1, 16, torch.float32, rotary=rotary), scale=0.3)
 
 
 def test_odd_heads(route):
-    assert_accurate(draw((3,), (20,), 1, 7, torch.float32, rotary=(False, False)))
+    assert_accurate(draw((16,), (20,), 1, 7, torch.float32, rotary=(False, False)))
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(8, 33), (8, 106), (33, 65), (166, 128), (3, 129), (33, 129)])
 def test_default_configurations(queries, keys):
     """Those of the product among them: 8 or 166 queries over 106 or 128 keys."""
-    assert_accurate(draw((queries, 2), (keys, 7), 1, 64, torch.float16))
+    assert_accurate(draw((queries, 2), (keys, 7), 1, 64, torch.float16, draws=4))
 
 
 def test_wide_heads():
@@ -153,7 +153,7 @@ def test_large_scores(route):
         x.kv[:32:2, 0] = x.kv[1:32:2, 0]
         for q, k, weight in (x.q[:20, 0], x.kv[:32, 0, 0], 0.5), (x.q[20:, 0], x.kv[32:, 0, 0], 1.0):
             scores = q @ k.T / 4
-            assert scores.max() > 150
+            assert scores.max() > 100
             distance = (scores.softmax(1).amax(1) - weight).abs()
             assert (distance < 1e-6).sum() >= 4
             assert (distance > 1e-3).sum() >= 4
@@ -185,8 +185,12 @@ def test_forward_of_one_route_with_the_backward_of_the_other(forward, monkeypatc
 
 
 def test_heads_share_a_program(route, monkeypatch):
+    """Four heads a program give the bits of one."""
+    x = packed_inputs((3, 5), (9, 20), 4, 16, torch.float32, kv_index=(1, 0))
+    assert _attention_triton.ENOUGH_PROGRAMS > 8
+    expected = run(x)
     monkeypatch.setattr(_attention_triton, "ENOUGH_PROGRAMS", 1)
-    assert_accurate(draw((3, 5), (9, 20), 4, 16, torch.float32, kv_index=(1, 0)))
+    assert_same_bits(run(x), expected)
 
 
 def test_kv_index_is_a_gather(route):

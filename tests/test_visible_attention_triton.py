@@ -16,7 +16,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUTES = ("resident", "tiled")
 # An empty image, one token, ragged tiles, exactly a tile of 16 or 32, one past it.
 LENGTHS = (0, 1, 16, 17, 5, 32, 0)
-DRAWS = 4
+DRAWS = 8
 
 
 def packed_inputs(lengths, heads, head_dim, dtype, *, rotary=True, seed=0):
@@ -48,8 +48,8 @@ def defined(projection, tables, cu_seqlens, max_seqlen, do, dtype, scale=None) -
     return out.detach(), torch.autograd.grad(out, projection, do.to(dtype))[0]
 
 
-def draw(*arguments, **options) -> list[tuple]:
-    return [packed_inputs(*arguments, **options, seed=seed) for seed in range(DRAWS)]
+def draw(*arguments, draws=DRAWS, **options) -> list[tuple]:
+    return [packed_inputs(*arguments, **options, seed=seed) for seed in range(draws)]
 
 
 def assert_accurate(draws: list[tuple], scale=None) -> None:
@@ -80,7 +80,7 @@ def route(request, monkeypatch) -> str:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("heads", "head_dim"), [(1, 16), (1, 40), (1, 64)])
 def test_output_and_gradients(route, dtype, heads, head_dim):
-    assert_accurate(draw(LENGTHS, heads, head_dim, dtype))
+    assert_accurate(draw(LENGTHS, heads, head_dim, dtype, draws=4))
 
 
 @pytest.mark.parametrize("head_dim", [7, 16])
@@ -104,7 +104,7 @@ def test_large_scores(route):
         projection[:20:2, 1] = projection[1:20:2, 1]
         for image, weight in (projection[:20, :, 0], 0.5), (projection[22:, :, 0], 1.0):
             scores = image[:, 0] @ image[:, 1].T / 4
-            assert scores.max() > 150
+            assert scores.max() > 100
             distance = (scores.softmax(1).amax(1) - weight).abs()
             assert (distance < 1e-6).sum() >= 4
             assert (distance > 1e-3).sum() >= 4
@@ -125,13 +125,13 @@ def test_gradients_of_saturated_rows(route):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_default_configurations(max_seqlen, dtype):
     """What is launched for a bound on the lengths, whatever it is, with heads that no four divide."""
-    draws = draw((max_seqlen, 4), 1, 64, dtype)
+    draws = draw((max_seqlen, 4), 1, 64, dtype, draws=4)
     assert_accurate([(*tensors, max_seqlen, do) for *tensors, _, do in draws])
 
 
 def test_product_shapes():
     """The default configurations of both directions for the tokens that a student's image keeps, and a full tile."""
-    assert_accurate(draw((106, 128), 1, 64, torch.float16))
+    assert_accurate(draw((106, 128), 1, 64, torch.float16, draws=4))
 
 
 def test_wide_heads():
