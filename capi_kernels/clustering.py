@@ -51,9 +51,8 @@ Blocks = Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]  # assignments, rows, l
 def normalised(features: Tensor, dtype: torch.dtype) -> Tensor:
     """Features divided by their length in float32 or wider, in `dtype`, contiguous."""
     wide = torch.promote_types(features.dtype, torch.float32)
-    features = torch.empty(features.shape, dtype=wide, device=features.device).copy_(features)
-    norm = torch.linalg.vector_norm(features, dim=-1, keepdim=True).clamp_min_(1e-7)
-    return features.div_(norm).to(dtype)
+    norm = torch.linalg.vector_norm(features, dim=-1, keepdim=True, dtype=wide).clamp_min_(1e-7)
+    return torch.div(features, norm, out=torch.empty(features.shape, dtype=dtype, device=features.device))
 
 
 class StreamedLinear:

@@ -232,8 +232,9 @@ def clustering_head(
 
     loss = torch.empty(tokens, dtype=torch.float32, device=device)
     dweight = torch.zeros((prototypes, dim), dtype=torch.float32, device=device)
-    dbias = torch.zeros(prototypes, dtype=torch.float32, device=device)
-    for start in range(0, positions, linear.chunk):
+    starts_of_chunks = range(0, positions, linear.chunk)
+    dbias = torch.empty((len(starts_of_chunks), prototypes), dtype=torch.float32, device=device)
+    for start, dbias_here in zip(starts_of_chunks, dbias, strict=True):
         logits, features_here = linear(start)
         here = slice(start * images, start * images + logits.shape[0] * images)
         if together:
@@ -245,12 +246,15 @@ def clustering_head(
         starts = None if rows is None else chosen_start[here.start :]
         head_rows(logits, part, loss[here], targets, chosen, starts, target_temperature, prediction_temperature, eps)
         minus_dlogits = logits.flatten(0, 1)
-        dweight += minus_dlogits.mT @ features_here.flatten(0, 1)
-        dbias += minus_dlogits.sum(0, dtype=torch.float32)
+        if dtype == torch.float32:
+            dweight.addmm_(minus_dlogits.mT, features_here.flatten(0, 1))
+        else:
+            dweight += minus_dlogits.mT @ features_here.flatten(0, 1)
+        torch.sum(minus_dlogits, 0, dtype=torch.float32, out=dbias_here)
     factor = -1 / (prediction_temperature * tokens)
     if not positionwise:
         potentials = Potentials(*(x[0] for x in potentials))
-    return loss.mean(), targets, potentials, dweight.mul_(factor), dbias.mul_(factor)
+    return loss.mean(), targets, potentials, dweight.mul_(factor), dbias.sum(0).mul_(factor)
 
 
 def _compile_cases() -> list[tuple]:
