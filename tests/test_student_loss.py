@@ -152,6 +152,12 @@ def test_kernel_reads_strided_tensors_of_other_types() -> None:
         made.append((logits.T[::2, ::2].T[:3], draw_rows(3, 19, torch.float32, seed)))
     assert_defined(on_kernels, given)
     assert_defined(on_kernels, made)
+    shared = []  # columns that all positions share
+    for logits, targets in made:
+        column_max, column, row = sinkhorn_potentials(targets.logits.flatten(0, 1), temperature=0.2)
+        together = Potentials(column_max.expand(3, -1), column.expand(3, -1), row.view(3, 4))
+        shared.append((logits, targets._replace(potentials=together)))
+    assert_defined(on_kernels, shared)
     logits, targets = made[0]
     int32 = targets._replace(rows=targets.rows.int())
     for x, y in zip(on_kernels(logits, int32), on_kernels(logits, targets), strict=True):
