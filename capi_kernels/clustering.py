@@ -43,15 +43,16 @@ from capi_kernels.sinkhorn import (
     rows_per_block,
 )
 
+BLOCK_BYTES = 1 << 19  # Rows that stay in a core's cache between the passes of the cross-entropy.
+
 Blocks = Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]  # assignments, rows, logits, features: [p, rows, ...] each
 
 
 def normalised(features: Tensor, dtype: torch.dtype) -> Tensor:
     """Features divided by their length in float32 or wider, in `dtype`, contiguous."""
     wide = torch.promote_types(features.dtype, torch.float32)
-    features = torch.empty(features.shape, dtype=wide, device=features.device).copy_(features)
-    norm = torch.linalg.vector_norm(features, dim=-1, keepdim=True).clamp_min_(1e-7)
-    return features.div_(norm).to(dtype)
+    norm = torch.linalg.vector_norm(features, dim=-1, keepdim=True, dtype=wide).clamp_min_(1e-7)
+    return torch.div(features, norm, out=torch.empty(features.shape, dtype=dtype, device=features.device))
 
 
 class StreamedLinear:
@@ -131,16 +132,28 @@ def _balance_together(
     yield from balance(passes, column, n_iterations, eps, process_group)
 
 
-def soft_cross_entropy_(targets: Tensor, logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Sum over rows of LSE sum(t) - sum(t z), z = logits / temperature, and its gradient in z, written over logits."""
-    # The difference first: scaled logits would lose what tells them from a large maximum.
-    z = logits.sub_(logits.amax(-1, keepdim=True)).mul_(1 / temperature)
-    total = targets.sum(-1, keepdim=True)
-    matched = torch.linalg.vecdot(targets, z).sum(dtype=torch.float64)
-    z.exp_()
-    normaliser = z.sum(-1, keepdim=True)
-    loss = (total * normaliser.log()).sum(dtype=torch.float64) - matched
-    return loss, z.mul_(total / normaliser).sub_(targets)
+class SoftCrossEntropy:
+    """Cross-entropy of rows in cache-sized blocks, with the buffers that it reuses."""
+
+    def __init__(self, rows: int, prototypes: int, dtype: torch.dtype, temperature: float):
+        self.rows = max(1, min(rows, BLOCK_BYTES // (prototypes * dtype.itemsize)))
+        self.temperature = temperature
+        self.scaled, self.log_p = torch.empty((2, self.rows, prototypes), dtype=dtype).unbind(0)
+
+    def __call__(self, targets: Tensor, logits: Tensor, minus_dz: Tensor) -> Tensor:
+        """Sum over at most `rows` rows of -sum(t log_softmax(z)), z = logits / temperature, in float64.
+
+        Minus its gradient in z, t - softmax(z) sum(t), is written to `minus_dz`, which may be `logits`.
+        """
+        z, log_p = self.scaled[: len(logits)], self.log_p[: len(logits)]
+        torch.div(logits.to(z.dtype), self.temperature, out=z)
+        torch.log_softmax(z, -1, out=log_p)
+        loss = -torch.mul(targets, log_p, out=z).sum().double()  # more exact than a dot product
+        wide = minus_dz.dtype == z.dtype
+        torch.ops.aten._log_softmax_backward_data.out(targets, log_p, -1, z.dtype, out=minus_dz if wide else z)
+        if not wide:
+            minus_dz.copy_(z)
+        return loss
 
 
 def _stream(
@@ -160,8 +173,11 @@ def _stream(
     """The loss, the targets of `rows`, the potentials, and the gradients of the loss in weight and bias."""
     positions, images, dim = features.shape
     prototypes, tokens = len(weight), positions * images
-    chunk = min(positions, position_chunk or positions_per_chunk(images, prototypes, 4, process_group))
     wide = torch.promote_types(dtype, torch.float32)
+    chunk = position_chunk or positions
+    if position_chunk is None and positionwise:
+        chunk = positions_per_chunk(images, prototypes, wide.itemsize, process_group)
+    chunk = min(positions, chunk)
 
     targets = None
     if rows is not None:
@@ -173,7 +189,7 @@ def _stream(
     balance_blocks = _balance_positions
     if not positionwise and chunk < positions:
         balance_blocks = _balance_together
-    elif not positionwise:  # Everything fits in a chunk: a single position of all tokens.
+    elif not positionwise:  # Everything in a chunk: a single position of all tokens.
         features, chunk = features.reshape(1, tokens, dim), 1
     slices = positions if positionwise else 1
     shapes = ((slices, prototypes), (slices, prototypes), (slices, tokens // slices))
@@ -184,6 +200,7 @@ def _stream(
     loss = features.new_zeros((), dtype=torch.float64)
     dweight = torch.zeros_like(weight, dtype=wide)
     dbias = weight.new_zeros(prototypes, dtype=wide)
+    cross_entropy = SoftCrossEntropy(chunk * features.shape[1], prototypes, wide, prediction_temperature)
     start = 0
     for t, _, logits, f in balance_blocks(
         linear, exps, potentials, target_temperature, n_iterations, eps, process_group
@@ -193,12 +210,16 @@ def _stream(
             chosen = slice(bisect_left(bounds, start), bisect_left(bounds, start + len(t)))
             targets.index_copy_(0, order[chosen], t[keys[chosen] - start])
         start += len(t)
-        block_loss, dlogits = soft_cross_entropy_(t, logits.to(wide), prediction_temperature)
-        loss += block_loss
-        dweight += dlogits.to(dtype).mT @ f
-        dbias += dlogits.sum(0)
+        minus_dlogits = logits if dtype == wide else torch.empty_like(t)
+        for block in zip(*(x.split(cross_entropy.rows) for x in (t, logits, minus_dlogits)), strict=True):
+            loss += cross_entropy(*block)
+        if dtype == wide:
+            dweight.addmm_(minus_dlogits.mT, f)
+        else:
+            dweight += minus_dlogits.to(dtype).mT @ f
+        dbias += minus_dlogits.sum(0)
     potentials.column.mul_(math.exp(HEADROOM))
-    factor = 1 / (prediction_temperature * tokens)
+    factor = -1 / (prediction_temperature * tokens)
     if not positionwise:
         potentials = Potentials(*(x[0] for x in potentials))
     return (loss / tokens).to(wide), targets, potentials, dweight.mul_(factor), dbias.mul_(factor)
@@ -338,10 +359,11 @@ def clustering_head(
             any order, with repeats. None returns none.
         n_iterations, eps, process_group: as in `sinkhorn_positionwise`. The loss is this process's mean.
         positionwise: balance every position apart; otherwise all positions together.
-        position_chunk: positions handled at a time, the same on all ranks; by default what fits in a CPU's cache, and
-            on a GPU 1 GiB of logits but at most a quarter of the free memory (over a group, of the rank with least;
-            agreeing on it waits for the GPU where the group has no backend for CPU tensors). Changes memory, speed and
-            the rounding of the gradients.
+        position_chunk: positions handled at a time, the same on all ranks. By default what fits in a CPU's cache, but
+            all positions where they are balanced together, whose logits and exponentials are held in float32 then;
+            fewer take n_iterations + 2 times the matrix product instead. On a GPU 1 GiB of logits by default, but at
+            most a quarter of the free memory (over a group, of the rank with least; agreeing on it waits for the GPU
+            where the group has no backend for CPU tensors). Changes memory, speed and the rounding of the gradients.
 
     Returns:
         ClusteringHead(loss, targets [selected, prototypes] in the order of `rows` or None, potentials of the

@@ -2,7 +2,7 @@
 
     a <- a / (row sums of M + eps), t = M a        the last update of the rows, and the targets
     loss_i = sum(t) log sum exp(z) - sum(t z)      z = (logits - their maximum) / temperature
-    dz = softmax(z) sum(t) - t                     written over the logits; its scale is left to d(weight) in float32
+    -dz = t - softmax(z) sum(t)                    written over the logits; its scale is left to d(weight) in float32
 
 Positions are streamed, so that of the logits [positions, images, prototypes] only a chunk exists. Never written: the
 assignments, but for chosen rows, or the softmax.
@@ -49,14 +49,14 @@ def head_rows_config(prototypes: int, itemsize: int) -> dict[str, int | bool]:
 @triton.jit
 @no_type_check
 def soft_cross_entropy(logits, targets, log2_scale, temperature, mask):
-    """sum(t) log sum exp(z) - sum(t z) with z = (logits - their maximum) / temperature, and its gradient in z."""
+    """sum(t) log sum exp(z) - sum(t z) with z = (logits - maximum) / temperature, and minus its gradient in z."""
     logits = logits.to(tl.float32)
     difference = logits - tl.max(logits, 0)
     exp = tl.exp2(difference * log2_scale)
     normaliser = tl.sum(exp, 0)
     total = tl.sum(targets, 0)
     matched = tl.sum(targets * tl.where(mask, difference, 0.0), 0) / temperature
-    return total * tl.log(normaliser) - matched, exp * (total / normaliser) - targets
+    return total * tl.log(normaliser) - matched, targets - exp * (total / normaliser)
 
 
 @triton.jit
@@ -83,7 +83,7 @@ def head_rows_kernel(
     EVEN: tl.constexpr,
     BLOCK_PROTOTYPES: tl.constexpr,
 ):
-    """One program per ROWS rows [position, image]: their potentials, losses and d(logits), and targets where chosen."""
+    """One program per ROWS rows [position, image]: potentials, losses, -d(logits), and targets where chosen."""
     offs = tl.arange(0, BLOCK_PROTOTYPES)
     mask = (offs < prototypes) | EVEN
     first = tl.program_id(0) * ROWS
@@ -114,10 +114,10 @@ def head_rows_kernel(
         row = tl.load(row_ptr + index)
         row = updated(row, row * tl.sum(M, 0), eps, limit)
         targets = M * row
-        loss, dlogits = soft_cross_entropy(logits, targets, prediction_log2_scale, prediction_temperature, mask)
+        loss, minus_dlogits = soft_cross_entropy(logits, targets, prediction_log2_scale, prediction_temperature, mask)
         tl.store(row_ptr + index, row)
         tl.store(loss_ptr + index, loss)
-        tl.store(row_logits_ptr + offs, dlogits.to(logits_ptr.dtype.element_ty), mask=mask)
+        tl.store(row_logits_ptr + offs, minus_dlogits.to(logits_ptr.dtype.element_ty), mask=mask)
         if targets_ptr is not None:
             # A row may be chosen several times.
             for i in range(tl.load(chosen_start_ptr + index), tl.load(chosen_start_ptr + index + 1)):
@@ -136,7 +136,7 @@ def head_rows(
     prediction_temperature: float,
     eps: float,
 ) -> None:
-    """Update the rows, fill `loss` [rows], write d(logits) over contiguous logits [positions, images, prototypes].
+    """Update the rows, fill `loss` [rows], write -d(logits) over contiguous logits [positions, images, prototypes].
 
     Row r = position * images + image goes to the rows `chosen[chosen_start[r] : chosen_start[r + 1]]` of `targets`.
     """
@@ -232,8 +232,9 @@ def clustering_head(
 
     loss = torch.empty(tokens, dtype=torch.float32, device=device)
     dweight = torch.zeros((prototypes, dim), dtype=torch.float32, device=device)
-    dbias = torch.zeros(prototypes, dtype=torch.float32, device=device)
-    for start in range(0, positions, linear.chunk):
+    starts_of_chunks = range(0, positions, linear.chunk)
+    dbias = torch.empty((len(starts_of_chunks), prototypes), dtype=torch.float32, device=device)
+    for start, dbias_here in zip(starts_of_chunks, dbias, strict=True):
         logits, features_here = linear(start)
         here = slice(start * images, start * images + logits.shape[0] * images)
         if together:
@@ -244,13 +245,16 @@ def clustering_head(
             balance(logits, part, n_iterations, eps, target_temperature, process_group, last_row=False)
         starts = None if rows is None else chosen_start[here.start :]
         head_rows(logits, part, loss[here], targets, chosen, starts, target_temperature, prediction_temperature, eps)
-        dlogits = logits.flatten(0, 1)
-        dweight += dlogits.mT @ features_here.flatten(0, 1)
-        dbias += dlogits.sum(0, dtype=torch.float32)
-    factor = 1 / (prediction_temperature * tokens)
+        minus_dlogits = logits.flatten(0, 1)
+        if dtype == torch.float32:
+            dweight.addmm_(minus_dlogits.mT, features_here.flatten(0, 1))
+        else:
+            dweight += minus_dlogits.mT @ features_here.flatten(0, 1)
+        torch.sum(minus_dlogits, 0, dtype=torch.float32, out=dbias_here)
+    factor = -1 / (prediction_temperature * tokens)
     if not positionwise:
         potentials = Potentials(*(x[0] for x in potentials))
-    return loss.mean(), targets, potentials, dweight.mul_(factor), dbias.mul_(factor)
+    return loss.mean(), targets, potentials, dweight.mul_(factor), dbias.sum(0).mul_(factor)
 
 
 def _compile_cases() -> list[tuple]:

@@ -690,7 +690,7 @@ def _compile_cases() -> list[tuple]:
     common = TYPES | STRIDE_TYPES
     for dtype in ("*bf16", "*fp16", "*fp32"):
         types, itemsize = common | {"logits_ptr": dtype}, 4 if dtype == "*fp32" else 2
-        for images, prototypes in ((512, 16384), (500, 16384), (128, 4096), (128, 1000), (16, 1024)):
+        for images, prototypes in ((512, 16384), (500, 16384), (128, 4096), (128, 1000), (16, 1024), (1, 1)):
             name = f"{dtype[1:]}, {images} images, {prototypes} prototypes"
             configs = {target: columns_config(images, prototypes, itemsize, target // 10) for target in (80, 90, 100)}
             for first, row_sums in ((True, True), (False, True), (False, False)):
@@ -699,7 +699,7 @@ def _compile_cases() -> list[tuple]:
                 for config in (configs[90], configs[100]) if configs[90] != configs[100] else (configs[90],):
                     targets = tuple(target for target in configs if configs[target] == config)
                     cases.append(compile_case(what, column_step_kernel, step, config, targets))
-        for prototypes in (16384, 16000, 4096, 1000):
+        for prototypes in (16384, 16000, 4096, 1000, 1):
             name = f"{dtype[1:]}, {prototypes} prototypes"
             first = types | {"column_sum_ptr": "*fp32"}
             cases.append(

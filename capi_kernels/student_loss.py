@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from capi_kernels import reference
 from capi_kernels._checks import (
     check_chosen,
     check_chosen_logits,
@@ -21,17 +22,17 @@ from capi_kernels._checks import (
     check_shape,
     check_tensor,
 )
-from capi_kernels.clustering import soft_cross_entropy_
+from capi_kernels.clustering import SoftCrossEntropy
 from capi_kernels.reference import Potentials, TargetRows
 from capi_kernels.sinkhorn import assignments, chosen_rows, keep_autocast_off
 
-BLOCK_BYTES = 1 << 20  # Rows that stay in a core's cache between the passes over them.
+PLAIN_BYTES = 1 << 22  # Of logits: below, what an op costs in Python outweighs the memory traffic that it saves.
 
 OP = "capi_kernels::student_loss"
 torch.library.define(
     OP,
     "(Tensor logits, Tensor targets, Tensor? column_max, Tensor? column, Tensor? row, Tensor? rows,"
-    " float target_temperature, float temperature) -> (Tensor loss, Tensor dz)",
+    " float target_temperature, float temperature) -> (Tensor loss, Tensor minus_dz)",
 )
 
 
@@ -39,22 +40,19 @@ torch.library.define(
 def _(logits, targets, column_max, column, row, rows, target_temperature, temperature):
     predicted, prototypes = logits.shape
     wide = torch.promote_types(logits.dtype, torch.float32)
-    dz = torch.empty((predicted, prototypes), dtype=logits.dtype)
+    minus_dz = torch.empty((predicted, prototypes), dtype=logits.dtype)
     loss = torch.zeros((), dtype=torch.float64)
-    block = max(1, BLOCK_BYTES // (prototypes * wide.itemsize))
-    for start in range(0, predicted, block):
-        here = slice(start, start + block)
+    cross_entropy = SoftCrossEntropy(predicted, prototypes, wide, temperature)
+    for start in range(0, predicted, cross_entropy.rows):
+        here = slice(start, start + cross_entropy.rows)
         if rows is None:
             t = targets[here].to(wide).contiguous()
         else:
             teacher = targets if targets.ndim == 3 else targets[here]
             chosen = chosen_rows(teacher, Potentials(column_max, column, row), rows[here])
             t = assignments(*chosen, target_temperature).to(wide)
-        z = torch.empty(t.shape, dtype=wide).copy_(logits[here])
-        block_loss, block_dz = soft_cross_entropy_(t, z, temperature)
-        loss += block_loss
-        dz[here] = block_dz
-    return (loss / predicted).to(wide), dz
+        loss += cross_entropy(t, logits[here], minus_dz[here])
+    return (loss / predicted).to(wide), minus_dz
 
 
 @torch.library.impl(OP, "CUDA")
@@ -73,17 +71,17 @@ def _(logits, targets, column_max, column, row, rows, target_temperature, temper
 
 
 def _setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    _, dz = output
-    ctx.factor = 1 / (inputs[-1] * len(dz))
-    ctx.mark_non_differentiable(dz)
-    ctx.save_for_backward(dz)
+    _, minus_dz = output
+    ctx.factor = -1 / (inputs[-1] * len(minus_dz))
+    ctx.mark_non_differentiable(minus_dz)
+    ctx.save_for_backward(minus_dz)
 
 
 def _backward(ctx: FunctionCtx, dloss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    (dz,) = ctx.saved_tensors
+    (minus_dz,) = ctx.saved_tensors
     # With one axis rather than none the factor is multiplied in its own type, not first rounded to that of the logits.
     factor = (dloss * ctx.factor).reshape(1)
-    return torch.mul(dz, factor, out=torch.empty_like(dz)), *[None] * 7
+    return torch.mul(minus_dz, factor, out=torch.empty_like(minus_dz)), *[None] * 7
 
 
 keep_autocast_off(OP)
@@ -107,6 +105,8 @@ class _StudentLoss(torch.autograd.Function):
 
 def student_loss(logits: Tensor, targets: Tensor | TargetRows, temperature: float = 0.12) -> Float[Tensor, ""]:
     """Mean over predictions of -sum_k target_k log softmax(logits / temperature)_k (arXiv 2502.08769).
+
+    On a CPU logits of up to 4 MiB with given targets take the definition itself, which is the fastest for them.
 
     Args:
         logits: [predicted, prototypes], any floating dtype and strides. All is computed in float32 (float64 for
@@ -132,6 +132,9 @@ def student_loss(logits: Tensor, targets: Tensor | TargetRows, temperature: floa
         check_tensor("targets", targets, "predicted prototypes")
         check_device("targets", targets, ("logits", logits))
         check_shape("targets", targets, predicted=predicted, prototypes=prototypes)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        if logits.device.type == "cpu" and logits.numel() * wide.itemsize <= PLAIN_BYTES:
+            return reference.student_loss(logits, targets.to(wide), temperature)
         return _StudentLoss.apply(logits, targets, None, None, None, None, 1.0, temperature)[0]
     teacher, potentials, rows, target_temperature = targets
     check_chosen("targets.rows", rows, potentials, prototypes, ("logits", logits))

@@ -1,7 +1,7 @@
 """The student's loss in Triton: one pass over the rows reads logits and targets and writes the gradient.
 
     loss_i = sum(t) log sum exp(z) - sum(t z), z = (logits - their maximum) / temperature
-    dz = softmax(z) sum(t) - t
+    -dz = t - softmax(z) sum(t)
 
 Never written: the softmax, or targets that are made of the teacher's logits and their potentials.
 """
@@ -38,7 +38,7 @@ def student_rows_kernel(
     row_ptr,
     rows_ptr,
     loss_ptr,
-    dz_ptr,
+    minus_dz_ptr,
     positions,
     images,
     prototypes,
@@ -81,9 +81,9 @@ def student_rows_kernel(
             teacher, column_max_ptr, column_ptr, offs_position, prototypes, target_log2_scale, EVEN, BLOCK_PROTOTYPES
         )
         targets = M * tl.load(row_ptr + position * images + image)
-    loss, dz = soft_cross_entropy(logits, targets, log2_scale, temperature, mask)
+    loss, minus_dz = soft_cross_entropy(logits, targets, log2_scale, temperature, mask)
     tl.store(loss_ptr + index, loss)
-    tl.store(dz_ptr + index * prototypes + offs, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+    tl.store(minus_dz_ptr + index * prototypes + offs, minus_dz.to(minus_dz_ptr.dtype.element_ty), mask=mask)
 
 
 def student_loss(
@@ -94,11 +94,11 @@ def student_loss(
     target_temperature: float,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """The mean loss in float32, and the gradient of the sum of losses in z, in the dtype of the logits."""
+    """The mean loss in float32, and minus the gradient of the sum of losses in z, in the dtype of the logits."""
     predicted, prototypes = logits.shape
     check_supported("logits", logits.dtype, prototypes)
     loss = torch.empty((predicted,), dtype=torch.float32, device=logits.device)
-    dz = torch.empty((predicted, prototypes), dtype=logits.dtype, device=logits.device)
+    minus_dz = torch.empty((predicted, prototypes), dtype=logits.dtype, device=logits.device)
     positions = images = column_stride = None
     if rows is not None:
         potentials, rows = readable(potentials), rows.contiguous()
@@ -109,7 +109,7 @@ def student_loss(
         *(potentials or (None, None, None)),
         rows,
         loss,
-        dz,
+        minus_dz,
         positions,
         images,
         prototypes,
@@ -122,7 +122,7 @@ def student_loss(
         GATHER=targets.ndim == 3,
         **rows_config(prototypes),
     )
-    return loss.mean(), dz
+    return loss.mean(), minus_dz
 
 
 def _compile_cases() -> list[tuple]:
@@ -135,7 +135,7 @@ def _compile_cases() -> list[tuple]:
     for dtype in ("bf16", "fp16", "fp32"):
         for prototypes in (16384, 16000, 4096, 1000):
             config, name = rows_config(prototypes), f"{dtype}, {prototypes} prototypes"
-            types |= {"logits_ptr": f"*{dtype}", "dz_ptr": f"*{dtype}"}
+            types |= {"logits_ptr": f"*{dtype}", "minus_dz_ptr": f"*{dtype}"}
             stored = types | {"targets_ptr": "*fp32", "GATHER": False} | given
             made = types | {"targets_ptr": f"*{dtype}", "rows_ptr": "*i64", "column_stride_position": "i32"}
             cases.append(compile_case(f"{name}, targets given", student_rows_kernel, stored, config))

@@ -187,6 +187,18 @@ def test_bad_arguments_of_targets() -> None:
             clustering_targets(**(good | bad))
 
 
+def test_features_without_length_or_with_a_tiny_one() -> None:
+    """Below 1e-7 the length is 1e-7: a zero vector stays one, and a tiny one is not blown up to a unit vector."""
+    features, weight, bias, rows = draw(6, 4, 9, 5)
+    features[2, 1] = 0
+    features[3, 2] *= 1e-9
+    oracle = run(reference.clustering_head, features.double(), weight.double(), bias.double(), rows)
+    same_dtype = run(reference.clustering_head, features, weight, bias, rows)
+    actual = run(clustering_head, features, weight, bias, rows)
+    for name in oracle:
+        assert_as_accurate(actual[name], same_dtype[name], oracle[name])
+
+
 def test_no_rows_and_zero_rows() -> None:
     features, weight, bias, rows = draw(6, 4, 9, 5)
     assert clustering_head(features, weight, bias).targets is None

@@ -178,7 +178,7 @@ def test_rows_write_their_gradient_over_the_logits_and_nothing_else() -> None:
     expected = -(t * z.log_softmax(-1)).sum(-1)
     expected.sum().backward()
     torch.testing.assert_close(loss.double(), expected.detach().flatten(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(logits.double(), z.grad, rtol=0, atol=1e-5)
+    torch.testing.assert_close(-logits.double(), z.grad, rtol=0, atol=1e-5)
     torch.testing.assert_close(targets.double(), t.flatten(0, 1)[[4, 0, 4]], rtol=1e-4, atol=1e-6)
     assert (guard[0] == 7).all()
     assert (guard[2] == 7).all()

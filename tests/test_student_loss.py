@@ -7,12 +7,16 @@ import torch
 from numerics import assert_draws_as_accurate, peak_allocation
 from torch import Tensor
 
-from capi_kernels import Potentials, TargetRows, reference, sinkhorn_potentials, student_loss
+from capi_kernels import Potentials, TargetRows, clustering, reference, sinkhorn_potentials, student_loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(1, 1), (5, 1), (1, 7), (9, 37), (3, 64), (4, 1025)]  # predictions, prototypes
 KINDS = ["given", "of_potentials", "own_logits"]
-MODULE = sys.modules["capi_kernels.student_loss"]  # the package's attribute of this name is the function
+
+
+@pytest.fixture(autouse=True)
+def use_the_op_for_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["capi_kernels.student_loss"], "PLAIN_BYTES", 0)  # the package has the function
 
 
 def draw(predicted: int, prototypes: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -69,8 +73,10 @@ def on_kernels(logits: Tensor, targets: Tensor | TargetRows, temperature: float 
     target_temperature = 1.0
     if isinstance(targets, TargetRows):
         targets, potentials, rows, target_temperature = targets
-    loss, dz = student_loss_triton.student_loss(logits, targets, potentials, rows, target_temperature, temperature)
-    return loss, (dz.double() * (3 / (temperature * len(dz)))).to(dz.dtype)
+    loss, minus_dz = student_loss_triton.student_loss(
+        logits, targets, potentials, rows, target_temperature, temperature
+    )
+    return loss, (minus_dz.double() * (-3 / (temperature * len(minus_dz)))).to(minus_dz.dtype)
 
 
 def assert_defined(run_ours, cases: list[tuple[Tensor, Tensor | TargetRows]], temperature: float = 0.12) -> None:
@@ -105,7 +111,7 @@ def test_by_hand() -> None:
 def test_loss_and_gradient_match_the_definition(
     shape: tuple[int, int], dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(MODULE, "BLOCK_BYTES", 4 * 4 * shape[1])  # four rows
+    monkeypatch.setattr(clustering, "BLOCK_BYTES", 4 * 4 * shape[1])  # four rows
     assert_defined(partial(run, student_loss), draw_cases(shape, dtype, kind))
     assert_defined(partial(run, student_loss), draw_cases(shape, dtype, kind), 0.7)
 
@@ -145,6 +151,12 @@ def test_kernel_reads_strided_tensors_of_other_types() -> None:
         made.append((logits.T[::2, ::2].T[:3], draw_rows(3, 19, torch.float32, seed)))
     assert_defined(on_kernels, given)
     assert_defined(on_kernels, made)
+    shared = []  # columns that all positions share
+    for logits, targets in made:
+        column_max, column, row = sinkhorn_potentials(targets.logits.flatten(0, 1), temperature=0.2)
+        together = Potentials(column_max.expand(3, -1), column.expand(3, -1), row.view(3, 4))
+        shared.append((logits, targets._replace(potentials=together)))
+    assert_defined(on_kernels, shared)
     logits, targets = made[0]
     int32 = targets._replace(rows=targets.rows.int())
     for x, y in zip(on_kernels(logits, int32), on_kernels(logits, targets), strict=True):
@@ -210,6 +222,25 @@ def test_gradient_reaches_the_logits_alone_and_once() -> None:
     assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_small_logits_take_the_definition(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    if DEVICE == "cuda":
+        pytest.skip("of a CPU")
+    monkeypatch.undo()
+    cases = draw_cases((4, 37), dtype, "given")
+    assert_defined(partial(run, student_loss), cases)
+    logits, targets = cases[0]
+    expected = run(reference.student_loss, logits, targets.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert all(torch.equal(x, y) for x, y in zip(run(student_loss, logits, targets), expected, strict=True))
+    assert torch.autograd.grad(
+        student_loss(logits.requires_grad_(), targets.requires_grad_()), targets, allow_unused=True
+    ) == (None,)
+    large = torch.zeros(1, (1 << 20) + 1, requires_grad=True)
+    for x, name in ((large, "_StudentLossBackward"), (large[:, 1:], "NegBackward0")):
+        assert type(student_loss(x, torch.ones_like(x)).grad_fn).__name__ == name
+
+
 def test_targets_made_of_potentials_equal_stored_ones() -> None:
     logits, _ = draw(9, 37, torch.float32)
     rows = draw_rows(9, 37, torch.float32)
@@ -229,7 +260,7 @@ def test_memory_is_the_gradient_and_a_few_rows() -> None:
     logits = torch.randn(512, 4096, requires_grad=True)
     targets = torch.rand(512, 4096)
     gradient = logits.numel() * 4
-    assert peak_allocation(lambda: student_loss(logits, targets)) <= gradient + 6 * MODULE.BLOCK_BYTES
+    assert peak_allocation(lambda: student_loss(logits, targets)) <= gradient + 6 * clustering.BLOCK_BYTES
 
 
 def test_bad_arguments() -> None:
