@@ -66,6 +66,15 @@ def average(value: Tensor) -> Tensor:
     return value / dist.get_world_size()
 
 
+def mean_over_ranks(count: int, differ: bool) -> float:
+    """The mean of a number that the host knows; without talking to the others where it does not `differ`."""
+    if not (differ and dist.is_initialized()):
+        return float(count)
+    value = torch.tensor(count, dtype=torch.float64)
+    dist.all_reduce(value)
+    return float(value) / dist.get_world_size()
+
+
 def any_rank(flag: bool) -> bool:
     """Whether the flag is set on any rank; over the host's network, so that no GPU is waited for."""
     if not dist.is_initialized():

@@ -5,24 +5,31 @@ images may keep different numbers of patches. State-dict keys are those of the a
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor, nn
 
 from capi.config import ClusteringConfig, ModelConfig
-from capi.masking import Masks, cumulative_lengths
-from capi_kernels import clustering_head, masked_cross_attention, rotary_tables, visible_attention
+from capi.masking import Masks
+from capi.transformer import (
+    NORM_EPS,
+    CastsWeights,
+    CrossAttention,
+    DropPath,
+    Packed,
+    RMSNorm,
+    Rope,
+    SelfAttention,
+    Transformer,
+    pack,
+)
+from capi_kernels import Potentials, clustering_head, clustering_targets
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-NORM_EPS = 1e-5
-ROPE_MAX_FREQUENCY = 7.0  # periods over the side of an image
-ROPE_MIN_FREQUENCY = 7e-4
 
 
 def normalize_images(images: UInt8[Tensor, "images 3 height width"]) -> Float[Tensor, "images 3 height width"]:
@@ -32,173 +39,30 @@ def normalize_images(images: UInt8[Tensor, "images 3 height width"]) -> Float[Te
     return (images / 255 - mean) / std
 
 
-@dataclass(frozen=True)
-class Packed:
-    """Where the tokens of each image lie in a packed array, and where in the image they lie."""
+class PatchEmbed(nn.Conv2d, CastsWeights):
+    """The convolution as a linear map of the patches, so that those that nobody sees are not computed."""
 
-    counts: tuple[int, ...]
-    cu_seqlens: Int[Tensor, "images_plus_1"]
-    coords: Float[Tensor, "tokens 2"]
-
-    @property
-    def max_seqlen(self) -> int:
-        return max(self.counts, default=0)
-
-    def subset(self, images: np.ndarray) -> tuple["Packed", Int[Tensor, "kept_tokens"]]:
-        """The tokens of the chosen images alone, and their places in the whole array."""
-        device = self.coords.device
-        counts = tuple(self.counts[i] for i in images)
-        if len(set(self.counts)) == 1:
-            start = torch.from_numpy(images).to(device, non_blocking=True) * self.counts[0]
-            tokens = (start[:, None] + torch.arange(self.counts[0], device=device)).reshape(-1)
-        else:
-            starts = np.concatenate([[0], np.cumsum(self.counts)])
-            ranges = [np.arange(starts[i], starts[i + 1]) for i in images]
-            tokens = torch.from_numpy(np.concatenate(ranges)).to(device, non_blocking=True)
-        cu_seqlens = cumulative_lengths(counts).to(device, non_blocking=True)
-        return Packed(counts, cu_seqlens, self.coords[tokens]), tokens
-
-
-class Rope(nn.Module):
-    """Frequencies of the two-dimensional rotary embedding, in radians over the image's side; never trained."""
-
-    def __init__(self, head_dim: int):
-        super().__init__()
-        self.freqs = nn.Parameter(torch.empty(2, head_dim), requires_grad=False)
-
-    def init_weights(self) -> None:
-        half = self.freqs.shape[1] // 2
-        ratio = ROPE_MAX_FREQUENCY / ROPE_MIN_FREQUENCY
-        frequencies = 2 * torch.pi * ROPE_MAX_FREQUENCY * ratio ** torch.linspace(0, -1, half // 2)
-        self.freqs.zero_()
-        self.freqs[0, :half] = frequencies.repeat(2)  # the row turns the first half of the channels
-        self.freqs[1, half:] = frequencies.repeat(2)  # the column the second
-
-
-class Attention(nn.Module):
-    """Multi-head attention with rotary queries and keys, from tokens to themselves or to the encoder's output."""
-
-    def __init__(self, dim: int, num_heads: int):
-        super().__init__()
-        self.num_heads = num_heads
-        self.q_proj = nn.Linear(dim, dim, bias=False)
-        self.k_proj = nn.Linear(dim, dim, bias=False)
-        self.v_proj = nn.Linear(dim, dim, bias=False)
-        self.proj = nn.Linear(dim, dim, bias=False)
-        self.rope = Rope(dim // num_heads)
+    def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return self.weight.flatten(1).to(dtype), self.bias.to(dtype)
 
     def forward(
-        self,
-        x: Float[Tensor, "tokens dim"],
-        packed: Packed,
-        context: Float[Tensor, "context dim"] | None = None,
-        context_packed: Packed | None = None,
+        self, images: Shaped[Tensor, "images 3 height width"], indices: Int[Tensor, "visible"] | None = None
     ) -> Float[Tensor, "tokens dim"]:
-        source = x if context is None else context
-        q, k, v = (
-            rearrange(tokens, "tokens (heads head_dim) -> tokens heads head_dim", heads=self.num_heads)
-            for tokens in (self.q_proj(x), self.k_proj(source), self.v_proj(source))
-        )
-        cos, sin = rotary_tables(packed.coords, self.rope.freqs)
-        if context_packed is None:
-            out = visible_attention(q, k, v, cos, sin, packed.cu_seqlens, packed.max_seqlen)
-        else:
-            out = masked_cross_attention(
-                q,
-                k,
-                v,
-                cos,
-                sin,
-                *rotary_tables(context_packed.coords, self.rope.freqs),
-                packed.cu_seqlens,
-                context_packed.cu_seqlens,
-                packed.max_seqlen,
-                context_packed.max_seqlen,
-            )
-        return self.proj(rearrange(out, "tokens heads head_dim -> tokens (heads head_dim)"))
-
-
-class RMSNorm(nn.RMSNorm):
-    """x / rms(x) * weight, with the weight in the type of x: mixed types would miss PyTorch's fused kernel."""
-
-    def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
-        weight = self.weight.to(x.dtype) if self.elementwise_affine else None
-        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
-
-
-class Mlp(nn.Module):
-    def __init__(self, dim: int):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, 4 * dim, bias=False)
-        self.fc2 = nn.Linear(4 * dim, dim, bias=False)
-
-    def forward(self, x: Float[Tensor, "tokens dim"]) -> Float[Tensor, "tokens dim"]:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-class Residual(nn.Module):
-    """x + fn(norm(x)); in training with drop-path, on a random subset of the images, re-weighted."""
-
-    def __init__(self, dim: int, fn: nn.Module):
-        super().__init__()
-        self.norm = RMSNorm(dim, eps=NORM_EPS)
-        self.fn = fn
-
-
-class Block(nn.Module):
-    def __init__(self, dim: int, num_heads: int):
-        super().__init__()
-        self.residual1 = Residual(dim, Attention(dim, num_heads))
-        self.residual2 = Residual(dim, Mlp(dim))
-
-    def forward(
-        self,
-        x: Float[Tensor, "tokens dim"],
-        packed: Packed,
-        context: Float[Tensor, "context dim"] | None = None,
-        context_packed: Packed | None = None,
-        drop_path: "DropPath | None" = None,
-    ) -> Float[Tensor, "tokens dim"]:
-        attention, mlp = self.residual1, self.residual2
-        if drop_path is None:
-            x = x + attention.fn(attention.norm(x), packed, context, context_packed)
-            return x + mlp.fn(mlp.norm(x))
-
-        images, weight = drop_path.draw(len(packed.counts))
-        kept, tokens = packed.subset(images)
-        if context is not None and context_packed is not None:
-            context_packed, context_tokens = context_packed.subset(images)
-            context = context[context_tokens]
-        out = attention.fn(attention.norm(x[tokens]), kept, context, context_packed)
-        x = torch.index_add(x, 0, tokens, out.to(x.dtype), alpha=weight)
-
-        images, weight = drop_path.draw(len(packed.counts))
-        _, tokens = packed.subset(images)
-        return torch.index_add(x, 0, tokens, mlp.fn(mlp.norm(x[tokens])).to(x.dtype), alpha=weight)
-
-
-class DropPath:
-    """Draws, on the host, which images a residual branch is computed for, and the weight that makes up for the rest."""
-
-    def __init__(self, rate: float, rng: np.random.Generator):
-        self.keep = 1 - rate
-        self.rng = rng
-
-    def draw(self, n_images: int) -> tuple[Int[np.ndarray, "kept"], float]:
-        n_kept = max(int(n_images * self.keep), 1)
-        return self.rng.permutation(n_images)[:n_kept], n_images / n_kept
-
-
-class Transformer(nn.Module):
-    def __init__(self, dim: int, num_heads: int, depth: int):
-        super().__init__()
-        self.blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(depth))
+        weight, bias = self.weights()
+        p, q = self.kernel_size
+        patches = rearrange(images, "b c (h p) (w q) -> (b h w) c (p q)", p=p, q=q)
+        if indices is not None:
+            patches = patches.index_select(0, indices)
+        if patches.dtype == torch.uint8:
+            patches = (patches / 255 - _channels(IMAGENET_MEAN, patches)) / _channels(IMAGENET_STD, patches)
+        return F.linear(patches.flatten(1).to(weight.dtype), weight, bias)
 
 
 class Backbone(nn.Module):
     """Encoder of visible patches and predictor of masked ones.
 
     Called on float images [images, 3, height, width] it is the evaluation forward; `predict` is what training needs.
+    Images of bytes are normalised on the way (`normalize_images`), those that are float already are not.
     """
 
     def __init__(self, config: ModelConfig):
@@ -212,11 +76,11 @@ class Backbone(nn.Module):
             depths = f"{config.encoder_depth} and {config.predictor_depth}"
             raise ValueError(f"model.encoder_depth and model.predictor_depth must be at least 1, got {depths}")
         self.config = config
-        self.encoder = Transformer(dim, heads, config.encoder_depth)
-        self.decoder = Transformer(dim, heads, config.predictor_depth)
+        self.encoder = Transformer(dim, heads, config.encoder_depth, SelfAttention)
+        self.decoder = Transformer(dim, heads, config.predictor_depth, CrossAttention)
         self.mask_token = nn.Parameter(torch.empty(1, dim))
         self.registers = nn.Parameter(torch.empty(1, config.n_registers, dim))
-        self.patch_embed = nn.Conv2d(3, dim, kernel_size=config.patch_size, stride=config.patch_size)
+        self.patch_embed = PatchEmbed(3, dim, kernel_size=config.patch_size, stride=config.patch_size)
         self.enc_norm = RMSNorm(dim, eps=NORM_EPS, elementwise_affine=False)
         self.dec_norm = RMSNorm(dim, eps=NORM_EPS, elementwise_affine=False)
 
@@ -236,22 +100,20 @@ class Backbone(nn.Module):
 
     def encode(
         self,
-        images: Float[Tensor, "images 3 height width"],
+        images: Shaped[Tensor, "images 3 height width"],
         masks: Masks | None = None,
         drop_path: DropPath | None = None,
-    ) -> tuple[Float[Tensor, "tokens dim"], Packed]:
-        """Encodes registers and visible patches (all of them where there are no masks)."""
+    ) -> tuple[Float[Tensor, "tokens dim"], Packed, tuple[int, ...]]:
+        """Encodes registers and visible patches (all of them without masks): tokens, their places and counts."""
         grid = self._grid(images)
         n_images, n_tokens, n_registers = images.shape[0], grid[0] * grid[1], self.config.n_registers
-        p = self.config.patch_size
-        patches = rearrange(images, "b c (h p) (w q) -> (b h w) (c p q)", p=p, q=p)
+        x = self.patch_embed(images, None if masks is None else masks.visible_indices)
         coords = _grid_coordinates(grid, images.device).repeat(n_images, 1)
         if masks is None:
             visible_counts: Sequence[int] = (n_tokens,) * n_images
         else:
-            patches, coords = patches[masks.visible_indices], coords[masks.visible_indices]
+            coords = coords.index_select(0, masks.visible_indices)
             visible_counts = masks.visible_counts
-        x = F.linear(patches, self.patch_embed.weight.flatten(1), self.patch_embed.bias)
         counts = tuple(n_registers + n for n in visible_counts)
         registers = self.registers.expand(n_images, -1, -1).to(x.dtype)
         if len(set(counts)) == 1:
@@ -269,29 +131,25 @@ class Backbone(nn.Module):
                 x_parts += [registers_image, x_image]
                 coords_parts += [low + edge * (high - low), coords_image]
             x, coords = torch.cat(x_parts), torch.cat(coords_parts)
-        packed = Packed(counts, cumulative_lengths(counts).to(x.device, non_blocking=True), coords)
-        for block in self.encoder.blocks:
-            x = block(x, packed, drop_path=drop_path)
-        return self.enc_norm(x), packed
+        packed = pack(counts, coords)
+        return self.enc_norm(self.encoder(x, packed, counts, drop_path=drop_path)), packed, counts
 
     def predict(
         self,
-        images: Float[Tensor, "images 3 height width"],
+        images: Shaped[Tensor, "images 3 height width"],
         masks: Masks,
         drop_path: DropPath | None = None,
     ) -> Float[Tensor, "predicted dim"]:
         """Predicts the latents at `masks.predict_indices`, in their order, from the visible patches."""
-        context, context_packed = self.encode(images, masks, drop_path)
+        context = self.encode(images, masks, drop_path)
         coords = _grid_coordinates(self._grid(images), images.device)
-        coords = coords[masks.predict_indices % coords.shape[0]]
-        packed = Packed(masks.predict_counts, masks.cu_predict, coords)
-        x = self.mask_token.expand(coords.shape[0], -1).to(context.dtype)
-        for block in self.decoder.blocks:
-            x = block(x, packed, context, context_packed, drop_path)
-        return self.dec_norm(x)
+        coords = coords.index_select(0, masks.predict_indices % coords.shape[0])
+        packed = pack(masks.predict_counts, coords)
+        x = self.mask_token.to(context[0].dtype).expand(coords.shape[0], -1)
+        return self.dec_norm(self.decoder(x, packed, masks.predict_counts, *context, drop_path))
 
     def forward(
-        self, images: Float[Tensor, "images 3 height width"]
+        self, images: Shaped[Tensor, "images 3 height width"]
     ) -> tuple[
         Float[Tensor, "images dim"],
         Float[Tensor, "images registers dim"],
@@ -302,12 +160,11 @@ class Backbone(nn.Module):
         The global vector is the mean, over all positions, of what the predictor's first block says of them.
         """
         grid, n_images = self._grid(images), images.shape[0]
-        context, context_packed = self.encode(images)
+        context, context_packed, _ = self.encode(images)
         coords = _grid_coordinates(grid, images.device).repeat(n_images, 1)
         counts = (grid[0] * grid[1],) * n_images
-        packed = Packed(counts, cumulative_lengths(counts).to(images.device), coords)
-        x = self.mask_token.expand(coords.shape[0], -1).to(context.dtype)
-        predicted = self.dec_norm(self.decoder.blocks[0](x, packed, context, context_packed))
+        x = self.mask_token.to(context.dtype).expand(coords.shape[0], -1)
+        predicted = self.dec_norm(self.decoder.blocks[0](x, pack(counts, coords), context, context_packed))
         features = context.unflatten(0, (n_images, -1))
         registers, patches = features.split([self.config.n_registers, counts[0]], dim=1)
         return predicted.unflatten(0, (n_images, -1)).mean(1), registers, patches.unflatten(1, grid)
@@ -325,6 +182,10 @@ def _grid_coordinates(grid: tuple[int, int], device: torch.device) -> Float[Tens
     """(row, column) of every patch, from 0 to 1."""
     rows, columns = (torch.linspace(0, 1, n, device=device) for n in grid)
     return torch.cartesian_prod(rows, columns)
+
+
+def _channels(values: tuple[float, ...], like: Tensor) -> Float[Tensor, "3 1"]:
+    return torch.tensor(values, device=like.device).unsqueeze(1)
 
 
 def _register_coordinates(n: int, device: torch.device) -> Float[Tensor, "registers 2"]:
@@ -345,7 +206,7 @@ class WeightNormLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch prototypes"]:
         norm = self.weight_v.norm(dim=1, keepdim=True)
-        return F.linear(x, self.weight_v * (self.weight_g / (norm + 1e-8)))
+        return F.linear(x, (self.weight_v * (self.weight_g / (norm + 1e-8))).to(x.dtype))
 
 
 class PredictionHead(nn.Module):
@@ -361,7 +222,8 @@ class PredictionHead(nn.Module):
         return self
 
     def forward(self, x: Float[Tensor, "predicted dim"]) -> Float[Tensor, "predicted prototypes"]:
-        return self.last_layer(F.normalize(x, dim=-1, eps=1e-12))
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return self.last_layer(F.normalize(wide, dim=-1, eps=1e-12).to(x.dtype))
 
 
 class OnlineClustering(nn.Module):
@@ -377,21 +239,38 @@ class OnlineClustering(nn.Module):
         nn.init.zeros_(self.layer.bias)
         return self
 
-    def forward(
-        self, features: Float[Tensor, "images positions dim"], rows: Int[Tensor, "selected"]
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, "selected prototypes"]]:
-        """The clustering loss over all patches, and the assignments of the batch-flat `rows`, in their order."""
+    def forward(self, features: Float[Tensor, "images positions dim"]) -> tuple[Float[Tensor, ""], Potentials]:
+        """The clustering loss over all patches, and the potentials of their assignments."""
         out = clustering_head(
             features.transpose(0, 1),
             self.layer.weight,
             self.layer.bias,
-            rows,
             target_temperature=self.config.target_temperature,
             prediction_temperature=self.config.prediction_temperature,
             n_iterations=self.config.n_sinkhorn_iterations,
             positionwise=self.config.positionwise,
         )
-        return out.loss, out.targets
+        return out.loss, out.potentials
+
+    def targets(
+        self,
+        features: Float[Tensor, "images positions dim"],
+        potentials: Potentials,
+        rows: Int[Tensor, "selected"],
+        first_image: int = 0,
+    ) -> Float[Tensor, "selected prototypes"]:
+        """The assignments of the batch-flat `rows` of `features`, in their order.
+
+        The potentials may be those of more images, of which the first of `features` is number `first_image`.
+        """
+        return clustering_targets(
+            features.flatten(0, 1).index_select(0, rows),
+            self.layer.weight,
+            self.layer.bias,
+            potentials,
+            rows + first_image * features.shape[1],
+            target_temperature=self.config.target_temperature,
+        )
 
 
 class Student(nn.Module):
@@ -401,10 +280,16 @@ class Student(nn.Module):
         self.head = PredictionHead(model.embed_dim, n_prototypes)
 
     def forward(
-        self, images: Float[Tensor, "images 3 height width"], masks: Masks, drop_path: DropPath | None = None
+        self, images: Shaped[Tensor, "images 3 height width"], masks: Masks, drop_path: DropPath | None = None
     ) -> Float[Tensor, "predicted prototypes"]:
         """Logits of the prototypes at the predicted positions, in the order of `masks.predict_indices`."""
         return self.head(self.backbone.predict(images, masks, drop_path))
+
+    def compile_pointwise(self) -> None:
+        """Have torch.compile fuse what lies between the matrix products and the attention; state-dict keys stay."""
+        backbone = self.backbone
+        for part in (*backbone.encoder.blocks, *backbone.decoder.blocks, backbone.patch_embed, self.head):
+            part.forward = torch.compile(part.forward, fullgraph=True)
 
 
 class CAPI(nn.Module):
@@ -415,7 +300,6 @@ class CAPI(nn.Module):
         self.student = Student(model, clustering.n_prototypes)
         self.student_ema = Student(model, clustering.n_prototypes).requires_grad_(False)
         self.teacher = nn.ModuleDict({"head": OnlineClustering(model.embed_dim, clustering)})
-        self.student_temperature = clustering.student_temperature
 
     def init_weights(self) -> "CAPI":
         self.student.backbone.init_weights()
@@ -424,26 +308,15 @@ class CAPI(nn.Module):
         self.student_ema.load_state_dict(self.student.state_dict())
         return self
 
-    def cluster(
-        self, images: Float[Tensor, "images 3 height width"], masks: Masks
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, "predicted prototypes"]]:
-        """The clustering loss over all patches, and the targets of the predicted ones."""
-        with torch.no_grad():
-            features, packed = self.student_ema.backbone.encode(images)
-            features = features.unflatten(0, (len(packed.counts), -1))
-            features = features[:, self.student_ema.backbone.config.n_registers :]
-        return self.teacher["head"](features, masks.predict_indices)
-
-
-def prediction_loss(
-    logits: Float[Tensor, "predicted prototypes"],
-    targets: Float[Tensor, "predicted prototypes"],
-    temperature: float,
-) -> Float[Tensor, ""]:
-    """Mean over predictions of the cross-entropy -sum_k target_k log softmax(logits / temperature)_k, in fp32."""
-    return -(targets.float() * F.log_softmax(logits.float() / temperature, dim=-1)).sum(-1).mean()
+    @torch.no_grad()
+    def teacher_features(
+        self, images: Shaped[Tensor, "images 3 height width"]
+    ) -> Float[Tensor, "images positions dim"]:
+        """What the moving average's encoder says of every patch."""
+        features, _, counts = self.student_ema.backbone.encode(images)
+        return features.unflatten(0, (len(counts), -1))[:, self.student_ema.backbone.config.n_registers :]
 
 
 def target_entropy(targets: Float[Tensor, "predicted prototypes"]) -> Float[Tensor, ""]:
     """Mean entropy of the assignments, in nats."""
-    return -torch.xlogy(targets.float(), targets.float()).sum(-1).mean()
+    return -torch.xlogy(targets, targets).sum(-1).mean()

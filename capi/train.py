@@ -4,6 +4,7 @@ import logging
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from types import FrameType
 import numpy as np
 import torch
 import yaml
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -21,13 +22,16 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from capi.checkpoint import load_newest_checkpoint, newest_checkpoint, save_checkpoint, save_encoder
 from capi.config import Config, check_config, load_config, to_yaml
 from capi.data import ImageStream, evaluation_images
-from capi.distributed import World, any_rank, average, average_gradients, gather, join_world
+from capi.distributed import World, any_rank, average, average_gradients, gather, join_world, mean_over_ranks
 from capi.evaluate import evaluate_synthetic, format_table
 from capi.masking import Masks, check_masking
 from capi.metrics import AssignmentStatistics, MetricsWriter, entropy_floor, peak_flops, training_flop_per_image
-from capi.model import CAPI, DropPath, normalize_images, prediction_loss, target_entropy
+from capi.model import CAPI, normalize_images, target_entropy
 from capi.optim import build_optimizers, schedule_value, set_learning_rates, update_ema
+from capi.prefetch import DevicePrefetcher
+from capi.transformer import DropPath, cast_weights
 from capi.visualize import plot_curves, plot_pca_maps
+from capi_kernels import student_loss
 
 logger = logging.getLogger("capi")
 
@@ -44,7 +48,7 @@ class StepResult:
     clustering_loss: Float[Tensor, ""]
     target_entropy: Float[Tensor, ""]
     clusters: Int[Tensor, "predicted"]
-    """Most likely prototype of every prediction's target."""
+    """Most likely prototype of every prediction's target, micro-batch after micro-batch."""
     lr: float
     momentum: float
     clustering_lr: float
@@ -58,19 +62,28 @@ class Trainer:
         self.world = world
         torch.manual_seed(config.run.seed)
         self.model = CAPI(config.model, config.clustering).init_weights().to(world.device)
-        self.student: nn.Module = self.model.student
-        if world.size > 1:
-            self.student = DistributedDataParallel(self.student)
         self.optimizers = build_optimizers(self.model, config.optim)
         self.compute_dtype = _compute_dtype(config.run.precision, world.device)
         self.bad_steps = torch.zeros((), dtype=torch.int64, device=world.device)
+        self.statistics = _target_statistics
+        for backbone in (self.model.student.backbone, self.model.student_ema.backbone):
+            for transformer in (backbone.encoder, backbone.decoder):
+                transformer.checkpoint_activations = config.run.checkpoint_activations
+        if config.run.compile == "on" or (config.run.compile == "auto" and world.device.type == "cuda"):
+            self.statistics = torch.compile(_target_statistics)
+            self.model.student.compile_pointwise()
+            self.model.student_ema.compile_pointwise()
+        self.student: nn.Module = self.model.student
+        if world.size > 1:
+            self.student = DistributedDataParallel(self.student)
 
-    def step(self, images: Float[Tensor, "images 3 height width"], masks: Masks, step: int) -> StepResult:
-        """Teacher forward and clustering loss, student forward, both backwards, then the three updates.
+    def step(self, batches: Sequence[tuple[Shaped[Tensor, "images 3 height width"], Masks]], step: int) -> StepResult:
+        """Clustering loss of the whole batch and its backward, the student's of each micro-batch, the three updates.
 
-        A step whose losses are not finite leaves student and clustering as they are.
+        Sinkhorn balances over all micro-batches of all ranks; the student's targets are made anew of its potentials,
+        micro-batch by micro-batch. A step whose losses are not finite leaves student and clustering as they are.
         """
-        config = self.config
+        config, head = self.config, self.model.teacher["head"]
         lr, momentum, clustering_lr = (
             schedule_value(schedule, step, config.optim.steps)
             for schedule in (config.optim.lr, config.optim.momentum, config.optim.clustering_lr)
@@ -80,17 +93,33 @@ class Trainer:
         student_optimizer.zero_grad()
         clustering_optimizer.zero_grad()
 
-        with self._autocast():
-            clustering_loss, targets = self.model.cluster(images, masks)
+        with cast_weights(self.model.student_ema, self.compute_dtype):
+            features = [self.model.teacher_features(images) for images, _ in batches]
+        clustering_loss, potentials = head(features[0] if len(features) == 1 else torch.cat(features))
         clustering_loss.backward()
-        average_gradients(self.model.teacher.parameters())
+        average_gradients(head.parameters())
 
-        with self._autocast():
-            logits = self.student(images, masks, self._drop_path(step))
-        loss = prediction_loss(logits, targets, config.clustering.student_temperature)
-        loss.backward()
+        drop_path = self._drop_path(step)
+        # The ranks' gradients are averaged: with a range of mask ratios they predict different numbers of patches.
+        n_predicted = mean_over_ranks(sum(len(masks.predict_indices) for _, masks in batches), self._ragged)
+        losses, entropies, clusters, first_image = [], [], [], 0
+        with cast_weights(self.model.student, self.compute_dtype):
+            for i, (images, masks) in enumerate(batches):
+                with torch.no_grad():
+                    targets = head.targets(features[i], potentials, masks.predict_indices, first_image)
+                    entropy, most_likely = self.statistics(targets)
+                    first_image += len(images)
+                with self._gradients_are_averaged(i == len(batches) - 1):
+                    logits = self.student(images, masks, drop_path)
+                    loss = student_loss(logits, targets, config.clustering.student_temperature)
+                    loss = loss * (len(logits) / n_predicted)
+                    loss.backward()
+                losses.append(loss.detach())
+                entropies.append(entropy * (len(logits) / n_predicted))
+                clusters.append(most_likely)
+        loss, entropy = torch.stack(losses).sum(), torch.stack(entropies).sum()
 
-        finite = torch.isfinite(average(loss.detach() + clustering_loss.detach()))
+        finite = torch.isfinite(average(loss + clustering_loss.detach()))
         self.bad_steps = torch.where(finite, 0, self.bad_steps + 1)
         for optimizer in self.optimizers:
             optimizer.found_inf = 1 - finite.float()  # the fused kernels skip the update where it is 1
@@ -98,10 +127,10 @@ class Trainer:
         update_ema(self.model, momentum)
         clustering_optimizer.step()
         return StepResult(
-            loss=loss.detach(),
+            loss=loss,
             clustering_loss=clustering_loss.detach(),
-            target_entropy=target_entropy(targets),
-            clusters=targets.argmax(-1),
+            target_entropy=entropy,
+            clusters=torch.cat(clusters),
             lr=lr,
             momentum=momentum,
             clustering_lr=clustering_lr,
@@ -121,10 +150,13 @@ class Trainer:
         student.load_state_dict(state["student_optimizer"])
         clustering.load_state_dict(state["clustering_optimizer"])
 
-    def _autocast(self) -> AbstractContextManager:
-        if self.compute_dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.world.device.type, self.compute_dtype)
+    @property
+    def _ragged(self) -> bool:
+        return isinstance(self.config.masking.mask_ratio, tuple)
+
+    def _gradients_are_averaged(self, last: bool) -> AbstractContextManager:
+        """Over the ranks, once a step: in the backward of the last micro-batch."""
+        return nullcontext() if last or self.world.size == 1 else self.student.no_sync()
 
     def _drop_path(self, step: int) -> DropPath | None:
         """Every step draws from a generator of its own, so that a resumed run draws what the first would have."""
@@ -132,6 +164,10 @@ class Trainer:
         if rate == 0:
             return None
         return DropPath(rate, np.random.default_rng((self.config.run.seed, step, self.world.rank)))
+
+
+def _target_statistics(targets: Float[Tensor, "predicted prototypes"]) -> tuple[Tensor, Tensor]:
+    return target_entropy(targets), targets.argmax(-1)
 
 
 def _compute_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -198,7 +234,6 @@ def _run_steps(trainer: Trainer, start: int, stream_state: dict | None, run_dir:
     stream = ImageStream(config, rank=world.rank, world_size=world.size, start_step=start, state=stream_state)
     statistics = AssignmentStatistics(n_tokens, config.clustering.n_prototypes)
     writer = MetricsWriter(run_dir, start) if world.is_main else None
-    rates = _Rates(config, world)
     stop = StopRequest()
     bar = tqdm(
         total=config.optim.steps,
@@ -209,31 +244,33 @@ def _run_steps(trainer: Trainer, start: int, stream_state: dict | None, run_dir:
         mininterval=0.2 if sys.stderr.isatty() else 10,  # a log file needs no animation
     )
     try:
-        batches = iter(stream)
-        for step in range(start, config.optim.steps):
-            rates.wait_begins()
-            batch = next(batches)
-            images = normalize_images(batch.images.to(world.device, non_blocking=True))
-            masks = batch.masks.to(world.device)
-            rates.wait_ends()
-            result = trainer.step(images, masks, step)
-            statistics.update(masks.predict_indices % n_tokens, result.clusters)
-            done = step + 1
-            last = done == config.optim.steps
-            if done % config.run.log_every == 0 or last:
-                _log(trainer, result, step, statistics, rates, writer, bar)
-            if world.device.type == "cpu" or done % config.run.log_every == 0 or last:
-                _check_finite(trainer, run_dir, config.run.max_nan_steps if not last else 1)
-            bar.update()
-            signum = stop.signum
-            stopping = any_rank(signum is not None)
-            if done % config.run.checkpoint_every == 0 or last or stopping:
-                _save(trainer, done, stream, run_dir)
-            if stopping and not last:
-                bar.close()
-                name = signal.Signals(signum).name if signum else "a signal on another rank"
-                logger.warning("stopped by %s after step %d; the same command goes on from there", name, done)
-                return signum or signal.SIGTERM
+        with DevicePrefetcher(stream, world.device) as batches:
+            rates = _Rates(config, world, batches)
+            for step in range(start, config.optim.steps):
+                micro_batches = next(batches)
+                result = trainer.step(micro_batches, step)
+                positions = torch.cat([masks.predict_indices for _, masks in micro_batches]) % n_tokens
+                statistics.update(positions, result.clusters)
+                rates.step_ends()
+                del micro_batches  # The prefetcher bounds what the device holds.
+                done = step + 1
+                last = done == config.optim.steps
+                if not last:
+                    batches.prefetch()
+                if done % config.run.log_every == 0 or last:
+                    _log(trainer, result, step, statistics, rates, writer, bar)
+                if world.device.type == "cpu" or done % config.run.log_every == 0 or last:
+                    _check_finite(trainer, run_dir, config.run.max_nan_steps if not last else 1)
+                bar.update()
+                signum = stop.signum
+                stopping = any_rank(signum is not None)
+                if done % config.run.checkpoint_every == 0 or last or stopping:
+                    _save(trainer, done, batches, run_dir)
+                if stopping and not last:
+                    bar.close()
+                    name = signal.Signals(signum).name if signum else "a signal on another rank"
+                    logger.warning("stopped by %s after step %d; the same command goes on from there", name, done)
+                    return signum or signal.SIGTERM
     finally:
         stop.restore()
         bar.close()
@@ -245,21 +282,17 @@ def _run_steps(trainer: Trainer, start: int, stream_state: dict | None, run_dir:
 class _Rates:
     """Images per second and the share of time spent waiting for data, between two log lines."""
 
-    def __init__(self, config: Config, world: World):
-        self.config = config
+    def __init__(self, config: Config, world: World, batches: DevicePrefetcher):
+        self.config, self.batches = config, batches
         self.flop_per_image = training_flop_per_image(config)
         peak = peak_flops(world.device)
         self.peak = peak * world.size if peak else None
         self.reset()
 
     def reset(self) -> None:
-        self.began, self.waited, self.steps = time.perf_counter(), 0.0, 0
+        self.began, self.waited, self.steps = time.perf_counter(), self.batches.waited_seconds, 0
 
-    def wait_begins(self) -> None:
-        self._wait_began = time.perf_counter()
-
-    def wait_ends(self) -> None:
-        self.waited += time.perf_counter() - self._wait_began
+    def step_ends(self) -> None:
         self.steps += 1
 
     def read(self) -> dict[str, float]:
@@ -268,7 +301,7 @@ class _Rates:
         values = {
             "images_per_second": images_per_second,
             "flops_per_second": images_per_second * self.flop_per_image,
-            "data_wait": self.waited / elapsed,
+            "data_wait": (self.batches.waited_seconds - self.waited) / elapsed,
         }
         if self.peak:
             values["mfu"] = values["flops_per_second"] / self.peak
@@ -333,11 +366,11 @@ def _check_finite(trainer: Trainer, run_dir: Path, limit: int) -> None:
         )
 
 
-def _save(trainer: Trainer, step: int, stream: ImageStream, run_dir: Path) -> None:
+def _save(trainer: Trainer, step: int, batches: DevicePrefetcher, run_dir: Path) -> None:
     if trainer.bad_steps > 0:
         logger.warning("the losses of step %d are not finite: no checkpoint is written", step)
         return
-    streams = gather(stream.state_dict())
+    streams = gather(batches.state_dict())
     if trainer.world.is_main:
         state = {
             "step": step,

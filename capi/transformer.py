@@ -17,7 +17,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from capi.masking import cumulative_lengths
-from capi_kernels import masked_cross_attention, rotary_tables, visible_attention
+from capi_kernels import masked_cross_attention_kvpacked, rotary_tables, visible_attention_qkvpacked
 
 NORM_EPS = 1e-5
 ROPE_MAX_FREQUENCY = 7.0  # periods over the side of an image
@@ -74,12 +74,12 @@ def subsets(images: Int[np.ndarray, "branches kept"], counts: Sequence[int], dev
             place[tokens] = np.arange(len(tokens))
             cu_seqlens = cumulative_lengths([counts[i] for i in kept])
             parts = (torch.from_numpy(tokens), torch.from_numpy(place), cu_seqlens)
-            result.append(Subset(*(x.to(device, non_blocking=True) for x in parts), weight))
+            result.append(Subset(*(_sent(x, device) for x in parts), weight))
         return result
     # All branches in one transfer; the device expands images to tokens.
     place = np.full((len(images), n_images), -1)
     np.put_along_axis(place, images, np.arange(n_kept)[None], axis=1)
-    both = torch.from_numpy(np.concatenate([images, place], axis=1)).to(device, non_blocking=True).unsqueeze(-1)
+    both = _sent(torch.from_numpy(np.concatenate([images, place], axis=1)), device).unsqueeze(-1)
     n_tokens = counts[0]
     offset = torch.arange(n_tokens, device=device)
     kept, place = both.split([n_kept, n_images], dim=1)
@@ -87,6 +87,11 @@ def subsets(images: Int[np.ndarray, "branches kept"], counts: Sequence[int], dev
     place = torch.where(place < 0, -1, place * n_tokens + offset).flatten(1)
     cu_seqlens = torch.arange(n_kept + 1, dtype=torch.int32, device=device) * n_tokens
     return [Subset(*both, cu_seqlens, weight) for both in zip(tokens.unbind(), place.unbind(), strict=True)]
+
+
+def _sent(x: Tensor, device: torch.device) -> Tensor:
+    """x on the device; from pinned memory, since a copy from any other waits for the GPU."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
 class _TakeRows(torch.autograd.Function):
@@ -193,7 +198,7 @@ class SelfAttention(Attention):
         qkv_weight, proj_weight = self.weights()
         qkv = F.linear(x, qkv_weight).unflatten(-1, (3, self.num_heads, -1))
         tables = rotary_tables(packed.coords, self.rope.freqs)
-        out = visible_attention(*qkv.unbind(1), *tables, packed.cu_seqlens, packed.max_seqlen)
+        out = visible_attention_qkvpacked(qkv, *tables, packed.cu_seqlens, packed.max_seqlen)
         return F.linear(out.flatten(1), proj_weight)
 
 
@@ -214,9 +219,9 @@ class CrossAttention(Attention):
         q_weight, kv_weight, proj_weight = self.weights()
         q = F.linear(x, q_weight).unflatten(-1, (self.num_heads, -1))
         kv = F.linear(context, kv_weight).unflatten(-1, (2, self.num_heads, -1))
-        out = masked_cross_attention(
+        out = masked_cross_attention_kvpacked(
             q,
-            *kv.unbind(1),
+            kv,
             *rotary_tables(packed.coords, self.rope.freqs),
             *rotary_tables(context_packed.coords, self.rope.freqs),
             packed.cu_seqlens,

@@ -270,8 +270,24 @@ class _ClusteringHead(torch.autograd.Function):
     """The op once more, in the form that torch.func knows."""
 
     @staticmethod
-    def forward(*inputs):
-        return torch.ops.capi_kernels.clustering_head(*inputs)
+    def forward(  # Named: without gradients Dynamo counts them.
+        features,
+        weight,
+        bias,
+        rows,
+        target_temperature,
+        prediction_temperature,
+        n_iterations,
+        eps,
+        positionwise,
+        position_chunk,
+        process_group,
+        dtype,
+    ):
+        temperatures, sinkhorn = (target_temperature, prediction_temperature), (n_iterations, eps, positionwise)
+        return torch.ops.capi_kernels.clustering_head(
+            features, weight, bias, rows, *temperatures, *sinkhorn, position_chunk, process_group, dtype
+        )
 
     setup_context = staticmethod(_setup_context)
     backward = staticmethod(once_differentiable(_backward))

@@ -126,8 +126,12 @@ class _MaskedCrossAttention(torch.autograd.Function):
     """The op once more, in the form that torch.func knows."""
 
     @staticmethod
-    def forward(*inputs):
-        out, saved = torch.ops.capi_kernels.masked_cross_attention(*inputs)
+    def forward(  # Named: without gradients Dynamo counts them.
+        q, k, v, q_cos, q_sin, k_cos, k_sin, cu_seqlens_q, cu_seqlens_k, kv_index, max_seqlen_q, max_seqlen_k, scale
+    ):
+        tables, where = (q_cos, q_sin, k_cos, k_sin), (cu_seqlens_q, cu_seqlens_k, kv_index)
+        operands = (*tables, *where, max_seqlen_q, max_seqlen_k, scale)
+        out, saved = torch.ops.capi_kernels.masked_cross_attention(q, k, v, *operands)
         return out, *saved
 
     setup_context = staticmethod(_setup_context)
@@ -138,7 +142,11 @@ class _KVPacked(torch.autograd.Function):
     """The op on views of one tensor, whose gradient is the buffer of the backward itself: nothing is copied."""
 
     @staticmethod
-    def forward(q, kv, *operands):
+    def forward(
+        q, kv, q_cos, q_sin, k_cos, k_sin, cu_seqlens_q, cu_seqlens_k, kv_index, max_seqlen_q, max_seqlen_k, scale
+    ):
+        tables, where = (q_cos, q_sin, k_cos, k_sin), (cu_seqlens_q, cu_seqlens_k, kv_index)
+        operands = (*tables, *where, max_seqlen_q, max_seqlen_k, scale)
         out, saved = torch.ops.capi_kernels.masked_cross_attention(q, *kv.unbind(1), *operands)
         return out, *saved
 

@@ -94,8 +94,12 @@ class _StudentLoss(torch.autograd.Function):
     """The op once more, in the form that torch.func knows."""
 
     @staticmethod
-    def forward(*inputs):
-        return torch.ops.capi_kernels.student_loss(*inputs)
+    def forward(
+        logits, targets, column_max, column, row, rows, target_temperature, temperature
+    ):  # Named: without gradients Dynamo counts them.
+        return torch.ops.capi_kernels.student_loss(
+            logits, targets, column_max, column, row, rows, target_temperature, temperature
+        )
 
     setup_context = staticmethod(_setup_context)
     backward = staticmethod(once_differentiable(_backward))

@@ -111,8 +111,8 @@ class _VisibleAttention(torch.autograd.Function):
     """The op once more, in the form that torch.func knows."""
 
     @staticmethod
-    def forward(*inputs):
-        out, saved = torch.ops.capi_kernels.visible_attention(*inputs)
+    def forward(q, k, v, cos, sin, cu_seqlens, max_seqlen, scale):  # Named: without gradients Dynamo counts them.
+        out, saved = torch.ops.capi_kernels.visible_attention(q, k, v, cos, sin, cu_seqlens, max_seqlen, scale)
         return out, *saved
 
     setup_context = staticmethod(_setup_context)
@@ -123,8 +123,9 @@ class _QKVPacked(torch.autograd.Function):
     """The op on views of one tensor, whose gradient is the buffer of the backward itself: nothing is copied."""
 
     @staticmethod
-    def forward(qkv, *operands):
-        out, saved = torch.ops.capi_kernels.visible_attention(*qkv.unbind(1), *operands)
+    def forward(qkv, cos, sin, cu_seqlens, max_seqlen, scale):
+        q, k, v = qkv.unbind(1)
+        out, saved = torch.ops.capi_kernels.visible_attention(q, k, v, cos, sin, cu_seqlens, max_seqlen, scale)
         return out, *saved
 
     setup_context = staticmethod(_setup_context)

@@ -12,13 +12,25 @@ from capi.config import (
     ScheduleConfig,
     check_config,
     load_config,
+    micro_batch_size,
     to_yaml,
 )
 from capi.metrics import entropy_floor
 
 
 def test_defaults_of_the_code_are_the_papers_vitl14() -> None:
-    assert load_config(["--config", "vitl14", "--run.output_dir", "runs/capi"]) == Config()
+    options = ["--run.output_dir", "runs/capi", "--run.micro_batch_size", "null"]
+    assert load_config(["--config", "vitl14", *options]) == Config()
+
+
+def test_micro_batches_hold_what_a_gpu_of_the_paper_held() -> None:
+    for world_size, size in ((1, 512), (32, 512), (64, 256)):
+        config = load_config(["--config", "vitl14"])
+        check_config(config, world_size)
+        assert micro_batch_size(config, world_size) == size
+    config = load_config(["--optim.batch_size", "12", "--run.micro_batch_size", "5"])
+    with pytest.raises(ValueError, match="must divide the 12 images of a rank, got 5"):
+        check_config(config)
 
 
 def test_tiny_is_the_preset_without_a_config() -> None:

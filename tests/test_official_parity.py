@@ -111,7 +111,7 @@ def test_training_replays_the_official_run(path: Path) -> None:
     for step, expected in enumerate(golden["steps"]):
         images = tensors[f"batch{step}.images"]
         n_tokens = (images.shape[-1] // config.model.patch_size) ** 2
-        result = trainer.step(images, masks_of(tensors, step, images.shape[0], n_tokens), step)
+        result = trainer.step([(images, masks_of(tensors, step, images.shape[0], n_tokens))], step)
         assert float(result.loss) == pytest.approx(expected["capi_loss"], rel=2e-6)
         assert float(result.clustering_loss) == pytest.approx(expected["clustering_loss"], rel=2e-6)
         assert float(result.target_entropy) == pytest.approx(expected["target_entropy"], rel=2e-6)

@@ -7,16 +7,18 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from numerics import peak_allocation
 
 from capi import pretrained
 from capi.checkpoint import load_newest_checkpoint
 from capi.config import Config, load_config
 from capi.data import ImageStream
 from capi.distributed import World
-from capi.masking import Masks
+from capi.masking import Masks, sample_masks
 from capi.model import normalize_images
 from capi.train import Trainer, main
 
@@ -114,10 +116,10 @@ def test_a_signal_checkpoints_and_exits_and_the_run_resumes_bit_for_bit(
 
     original = Trainer.step
 
-    def step_with_signal(self, images, masks, step):
+    def step_with_signal(self, batches, step):
         if step == 1:
             os.kill(os.getpid(), signum)
-        return original(self, images, masks, step)
+        return original(self, batches, step)
 
     with monkeypatch.context() as patched:
         patched.setattr(Trainer, "step", step_with_signal)
@@ -196,8 +198,10 @@ def test_losses_that_stay_nan_stop_the_run_and_leave_a_good_checkpoint(
 ) -> None:
     original = Trainer.step
 
-    def poisoned(self, images, masks, step):
-        return original(self, images * float("nan") if step >= 4 else images, masks, step)
+    def poisoned(self, batches, step):
+        if step >= 4:
+            batches = [(images * float("nan"), masks) for images, masks in batches]
+        return original(self, batches, step)
 
     monkeypatch.setattr(Trainer, "step", poisoned)
     status = main([*arguments, "--optim.steps", "20", "--run.max_nan_steps", "4", "--run.checkpoint_every", "3"])
@@ -215,14 +219,14 @@ def test_one_nan_step_changes_no_trained_weight(tmp_path) -> None:
     trainer = Trainer(config, World(0, 1, torch.device("cpu")))
     batches = iter(ImageStream(config))
     batch = next(batches)
-    trainer.step(normalize_images(batch.images), batch.masks, 2)
+    trainer.step([(batch.images, batch.masks)], 2)
     before = {name: p.clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
-    trainer.step(normalize_images(batch.images) * float("nan"), batch.masks, 3)
+    trainer.step([(normalize_images(batch.images) * float("nan"), batch.masks)], 3)
     assert int(trainer.bad_steps) == 1
     for name, parameter in trainer.model.named_parameters():
         if parameter.requires_grad:
             assert torch.equal(parameter, before[name]), name
-    trainer.step(normalize_images(batch.images), batch.masks, 4)
+    trainer.step([(batch.images, batch.masks)], 4)
     assert int(trainer.bad_steps) == 0
     assert not torch.equal(trainer.model.student.head.last_layer.weight_v, before["student.head.last_layer.weight_v"])
 
@@ -231,7 +235,7 @@ def test_the_loss_falls_on_one_batch(tmp_path) -> None:
     config = load_tiniest(tmp_path, "--optim.steps", "60", "--model.drop_path_rate", "0", "--optim.lr.base", "1e-2")
     trainer = Trainer(config, World(0, 1, torch.device("cpu")))
     batch = next(iter(ImageStream(config)))
-    losses = [float(trainer.step(normalize_images(batch.images), batch.masks, step).loss) for step in range(60)]
+    losses = [float(trainer.step([(batch.images, batch.masks)], step).loss) for step in range(60)]
     assert losses[-1] < losses[0] - 0.3
 
 
@@ -269,15 +273,17 @@ def test_a_missing_extra_is_named(arguments, capsys, monkeypatch) -> None:
     assert "error: hf:anything needs Hugging Face datasets: pip install capi[data]" in capsys.readouterr().err
 
 
-def test_two_processes_train_as_one(arguments, tmp_path) -> None:
-    """The same global batches, Sinkhorn over all of them, and averaged gradients: equal to fp32 rounding.
+@pytest.mark.parametrize("micro_batch_size", ["null", "2"])
+def test_two_processes_train_as_one(arguments, micro_batch_size, tmp_path) -> None:
+    """The same global batches, Sinkhorn over all of them, and one mean over all predictions: equal to fp32 rounding.
 
-    Numbers of predictions are equal on both ranks here, else the mean of means would differ from the mean.
+    Mask ratios are drawn, so that ranks and micro-batches predict different numbers of patches.
     """
-    options = ["--model.drop_path_rate", "0", "--masking.mask_ratio", "0.6"]
+    options = ["--model.drop_path_rate", "0"]
     assert main([*arguments, *options, "--run.output_dir", str(tmp_path / "one")]) == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
     command += ["--standalone", "-m", "capi.train", *arguments, *options, "--run.output_dir", str(tmp_path / "two")]
+    command += ["--run.micro_batch_size", micro_batch_size]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert run.returncode == 0, run.stderr
@@ -288,6 +294,102 @@ def test_two_processes_train_as_one(arguments, tmp_path) -> None:
     for a, b in zip(metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two"), strict=True):
         for key in ("loss", "clustering_loss", "target_entropy"):
             assert a[key] == pytest.approx(b[key], rel=1e-5), key
+
+
+def batch_of(config: Config, images: range) -> tuple[torch.Tensor, Masks]:
+    """Images and masks that depend on the image's number alone."""
+    side = config.data.image_size // config.model.patch_size
+    pixels = [
+        torch.randint(0, 256, (3, config.data.image_size, config.data.image_size), generator=generator)
+        for generator in (torch.Generator().manual_seed(i) for i in images)
+    ]
+    masks = sample_masks(config.masking, (side, side), [np.random.default_rng((0, i)) for i in images])
+    return torch.stack(pixels).to(torch.uint8), masks
+
+
+@pytest.mark.parametrize("positionwise", [True, False])
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+def test_micro_batches_make_the_step_of_the_whole_batch(positionwise, micro_batch_size, tmp_path) -> None:
+    """Losses, entropy, clusters, every gradient and every updated weight."""
+    config = load_tiniest(tmp_path, "--model.drop_path_rate", "0", "--clustering.positionwise", str(positionwise))
+    whole = [batch_of(config, range(8))]
+    parts = [batch_of(config, range(i, i + micro_batch_size)) for i in range(0, 8, micro_batch_size)]
+    assert len({len(masks.predict_indices) for _, masks in parts}) > 1
+    one, other = (Trainer(config, World(0, 1, torch.device("cpu"))) for _ in range(2))
+    for trainer in (one, other):  # In float64: AdamW divides rounding errors of small gradients by their size.
+        trainer.model.double()
+        trainer.compute_dtype = torch.float64
+    for step in (2, 3):
+        result, accumulated = one.step(whole, step), other.step(parts, step)
+        for key in ("loss", "clustering_loss", "target_entropy"):
+            assert float(getattr(result, key)) == pytest.approx(float(getattr(accumulated, key)), rel=1e-12), key
+        assert torch.equal(result.clusters, accumulated.clusters)
+        for (name, p), q in zip(one.model.named_parameters(), other.model.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=0, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+            if p.grad is not None:
+                torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_a_batch_balanced_in_parts_would_be_another_step(tmp_path) -> None:
+    """What the test above would miss if its batches were too easy: Sinkhorn of each micro-batch alone."""
+    config = load_tiniest(tmp_path, "--model.drop_path_rate", "0")
+    whole, half = (
+        Trainer(config, World(0, 1, torch.device("cpu"))).step([batch_of(config, range(n))], 2) for n in (8, 4)
+    )
+    assert abs(float(whole.clustering_loss) - float(half.clustering_loss)) > 1e-2
+
+
+def test_recomputing_activations_changes_no_bit_and_takes_less_memory(tmp_path) -> None:
+    deep = ["--model.encoder_depth", "6", "--model.predictor_depth", "4", "--optim.batch_size", "64"]
+    states, peaks = [], []
+    for flag in ("false", "true"):
+        config = load_tiniest(tmp_path, *deep, "--run.checkpoint_activations", flag)
+        trainer, batch = Trainer(config, World(0, 1, torch.device("cpu"))), batch_of(config, range(64))
+        trainer.step([batch], 2)  # The optimisers' states are there from then on.
+        peaks.append(peak_allocation(lambda trainer=trainer, batch=batch: trainer.step([batch], 3)))
+        states.append(trainer.state_dict())
+    assert_equal_states(*states)
+    assert peaks[1] < 0.6 * peaks[0]
+
+
+COMPILED = """
+import sys
+from functools import partial
+import numpy as np
+import torch
+from torch._dynamo.utils import counters
+from capi.config import load_config
+from capi.distributed import World
+from capi.masking import sample_masks
+from capi.train import Trainer
+
+# Of the compiler all but the code that it writes: that takes minutes.
+torch.compile = partial(torch.compile, backend="aot_eager")
+results = []
+for compile in ("off", "on"):
+    config = load_config([*sys.argv[1:], "--run.compile", compile])
+    trainer = Trainer(config, World(0, 1, torch.device("cpu")))
+    results.append([])
+    for step in range(6):
+        images = torch.randint(0, 256, (8, 3, 16, 16), generator=torch.Generator().manual_seed(step)).to(torch.uint8)
+        masks = sample_masks(config.masking, (4, 4), [np.random.default_rng((step, i)) for i in range(8)])
+        result = trainer.step([(images, masks)], step)
+        results[-1].append([float(x) for x in (result.loss, result.clustering_loss, result.target_entropy)])
+        if step == 2:
+            warm = counters["stats"]["unique_graphs"]
+assert (warm > 0) and counters["stats"]["unique_graphs"] == warm, (warm, counters["stats"])
+assert not counters["graph_break"], counters["graph_break"]
+np.testing.assert_allclose(*results, rtol=1e-5)
+"""
+
+
+@pytest.mark.parametrize("mask_ratio", ["0.6", "[0.5,0.7]"])
+def test_compiled_steps_are_the_same_and_compile_no_more_once_warm(mask_ratio, tmp_path) -> None:
+    (tmp_path / "tiniest.yaml").write_text(TINIEST)
+    arguments = ["--config", str(tmp_path / "tiniest.yaml"), "--masking.mask_ratio", mask_ratio]
+    # In a process of its own: the type checks of these tests are not for the compiler.
+    run = subprocess.run([sys.executable, "-c", COMPILED, *arguments], capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr
 
 
 def test_a_step_does_not_depend_on_which_images_share_a_batch_position(tmp_path) -> None:
@@ -303,8 +405,7 @@ def test_a_step_does_not_depend_on_which_images_share_a_batch_position(tmp_path)
     visible, visible_counts = permuted(batch.masks.visible_indices, batch.masks.visible_counts)
     predicted, predict_counts = permuted(batch.masks.predict_indices, batch.masks.predict_counts)
     shuffled = Masks(visible, predicted, visible_counts, predict_counts)
-    images = normalize_images(batch.images)
-    once = Trainer(config, World(0, 1, torch.device("cpu"))).step(images, batch.masks, 3)
-    again = Trainer(config, World(0, 1, torch.device("cpu"))).step(images[order], shuffled, 3)
+    once = Trainer(config, World(0, 1, torch.device("cpu"))).step([(batch.images, batch.masks)], 3)
+    again = Trainer(config, World(0, 1, torch.device("cpu"))).step([(batch.images[order], shuffled)], 3)
     for key in ("loss", "clustering_loss", "target_entropy"):
         assert float(getattr(once, key)) == pytest.approx(float(getattr(again, key)), rel=1e-5), key
