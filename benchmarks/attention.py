@@ -8,7 +8,7 @@ from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.measure import OURS, Contestant, check, rotated
-from capi.model import Rope
+from capi.transformer import Rope
 from capi_kernels import masked_cross_attention, reference, rotary_tables, visible_attention
 
 CHECKED_TOKENS = 1024  # The float64 definition forms [heads, tokens, tokens] of every image that it is asked for.

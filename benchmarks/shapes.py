@@ -77,7 +77,7 @@ if GPU:
     TRAIN_STEP = [Step(preset, BATCH) for preset in ("vits14", "vitl14", "vitb14")]
 else:
     SINKHORN = [Logits(64, 64, 4096, 3, 384), Logits(256, 64, 1024, 3, 384), Logits(4, 256, 16384, 3, 384)]
-    CLUSTERING_HEAD = [Logits(64, 32, 4096, 3, 192), Logits(64, 8, 16384, 3, 384)]
+    CLUSTERING_HEAD = [Logits(16, 64, 4096, 3, 192), Logits(32, 8, 16384, 3, 384)]
     STUDENT_LOSS = [Logits(8, 64, 4096, 3, 384), Logits(8, 8, 16384, 3, 384)]
     VISIBLE_ATTENTION = [SelfAttention(8, n, 6, 64) for n in (33, 106, 272)] + [SelfAttention(1, 1024, 6, 64)]
     MASKED_CROSS_ATTENTION = [CrossAttention(16, n, 106, 6, 64) for n in (1, 8, 33, 166)]

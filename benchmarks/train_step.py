@@ -11,7 +11,6 @@ from benchmarks.measure import OURS, Contestant
 from capi.config import Config, load_config
 from capi.distributed import World
 from capi.masking import Masks, sample_masks
-from capi.model import normalize_images
 from capi.train import Trainer
 
 LOSS_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05}  # relative; see StepCase.check
@@ -35,7 +34,7 @@ def draw_batch(config: Config, seed: int, device: torch.device) -> tuple[Tensor,
 
 def our_step(trainer: Trainer, images: Tensor, masks: Masks, step: int) -> tuple[Tensor, Tensor]:
     """The student's and the clustering loss of one step of ours."""
-    result = trainer.step(normalize_images(images), masks, step)
+    result = trainer.step([(images, masks)], step)
     return result.loss, result.clustering_loss
 
 
