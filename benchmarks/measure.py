@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 import statistics
 import subprocess
 from collections.abc import Callable
@@ -193,9 +194,11 @@ def machine(device: torch.device) -> dict[str, str | int | None]:
         triton = None
     info = {"torch": torch.__version__, "triton": triton, "threads": torch.get_num_threads(), "gpu": None}
     if device.type == "cuda":
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", f"--id={device.index or 0}"]
-        driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
-        info |= {"gpu": torch.cuda.get_device_name(device), "driver": driver or None, "cuda": torch.version.cuda}
+        driver = None
+        if shutil.which("nvidia-smi"):
+            query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+            driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+        info |= {"gpu": torch.cuda.get_device_name(device), "driver": driver, "cuda": torch.version.cuda}
     return info
 
 

@@ -256,9 +256,9 @@ def _importable(checkout: Path) -> Iterator[None]:
     finally:
         sys.meta_path.remove(stub)
         sys.path[:] = path
+        # The checkout's own modules stay: torch.compile looks them up by name.
         for name in set(sys.modules) - before:
-            file = getattr(sys.modules[name], "__file__", None)
-            if name.split(".")[0] in stub.packages or (file and Path(file).parent == checkout):
+            if name.split(".")[0] in stub.packages:
                 del sys.modules[name]
 
 

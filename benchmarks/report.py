@@ -117,6 +117,16 @@ def _share(entry: dict) -> str:
     return "" if entry["share_of_floor"] is None else f"{entry['share_of_floor']:.0%}"
 
 
+def _rates(entry: dict) -> str:
+    """What is known to move and be computed, by the second."""
+    rates = []
+    if entry["bytes"]:
+        rates.append(f"{entry['bytes'] / entry['seconds'] / 1e9:.0f} GB/s")
+    if entry["flop"]:
+        rates.append(f"{entry['flop'] / entry['seconds'] / 1e12:.3g} TFLOP/s")
+    return ", ".join(rates)
+
+
 def _throughput(entry: dict) -> str:
     if "images_per_second" not in entry:
         return ""
@@ -130,21 +140,21 @@ def markdown(results: Results) -> str:
     lines = [f"# {machine['gpu'] or 'CPU'}", ""]
     software = f"PyTorch {machine['torch']}, Triton {machine['triton']}"
     if machine["gpu"]:
-        lines.append(f"Driver {machine['driver']}, CUDA {machine['cuda']}, {software}.")
+        lines.append(f"- Driver {machine['driver']}, CUDA {machine['cuda']}, {software}.")
     else:
-        lines.append(f"{machine['cpu']['brand_raw']}, {machine['threads']} threads, {software}.")
+        lines.append(f"- {machine['cpu']['brand_raw']}, {machine['threads']} threads, {software}.")
     for run in results.runs:
         commit = run["commit_info"]
         dirty = " with uncommitted changes" if commit.get("dirty") else ""
         date = run["datetime"][:16].replace("T", " ")
-        lines.append(f"Measured {date} at commit {commit['id'][:10]}{dirty} by `{run['machine_info']['command']}`.")
+        lines.append(f"- Measured {date} at commit {commit['id'][:10]}{dirty} by `{run['machine_info']['command']}`.")
     if ceilings:
         lines.append(
-            f"Ceilings of that run: copy {ceilings['copy_gb_per_second']:.0f} GB/s, reads and writes counted; bf16 "
+            f"- Ceilings of that run: copy {ceilings['copy_gb_per_second']:.0f} GB/s, reads and writes counted; bf16 "
             f"matrix product {ceilings['matmul_tflop_per_second']:.0f} TFLOP/s. Floor: what must move and be computed, "
             f"at these ceilings (`benchmarks/costs.py`)."
         )
-    lines.append("Medians; peak memory beyond what was allocated before the call, of training steps on a GPU in all.")
+    lines.append("- Medians; peak memory beyond what was allocated before the call, of training steps on a GPU in all.")
     if ceilings:
         lines += ["", f"![roofline]({results.name}.png)"]
     for op in dict.fromkeys(op for op, _, _ in results.rows):
@@ -176,11 +186,13 @@ def _operation_table(op: str, results: Results) -> list[str]:
             for name in (OURS, *peers)
         ]
         ours = entries.get(OURS)
-        share, memory = ("", "") if ours is None else (_share(ours), _memory(ours["peak_memory_bytes"]))
+        own = ["", "", ""]
+        if ours is not None:
+            own = [_rates(ours), _share(ours), _memory(ours["peak_memory_bytes"])]
         speed, saved = _peer_columns(entries)
-        lines.append([_shape(shape), direction, *times, speed, share, memory, saved])
-    header = ["shape", "direction", OURS, *peers, "faster than the best peer", "share of floor", "peak memory"]
-    return _table([*header, "of the best peer's"], lines)
+        lines.append([_shape(shape), direction, *times, speed, *own, saved])
+    header = ["shape", "direction", OURS, *peers, "faster than the best peer", "ours moves and computes"]
+    return _table([*header, "share of floor", "peak memory", "of the best peer's"], lines)
 
 
 def readme_section(folder: Path = RESULTS) -> str:

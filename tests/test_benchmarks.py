@@ -197,6 +197,75 @@ def test_nothing_fails_quietly_on_a_cpu(name: str) -> None:
         race({name: fail}, CPU, 3, 60)
 
 
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Stands in for a GPU whose every timed call takes 8 ms, and notes what it is asked."""
+    asked: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool):
+            assert enable_timing
+
+        def record(self) -> None:
+            asked.append("record")
+
+        def synchronize(self) -> None:
+            asked.append("synchronize event")
+
+        def elapsed_time(self, end: "Event") -> float:
+            return 8.0
+
+    for name in ("synchronize", "_sleep", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: asked.append(name))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 100)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 350)
+    return asked
+
+
+def test_a_gpu_is_timed_by_its_events(gpu: list[str]) -> None:
+    contestant = Contestant(lambda: gpu.append("run"))
+    assert measure.seconds_of(contestant, 0, torch.device("cuda")) == 8e-3
+    assert gpu == ["synchronize", "_sleep", "record", "run", "record", "synchronize event"]
+    gpu.clear()
+    assert measure.seconds_of(Contestant(lambda: gpu.append("run"), calls=4), 0, torch.device("cuda")) == 2e-3
+    assert gpu == ["synchronize", "record", "run", "record", "synchronize event"]
+
+
+@pytest.mark.parametrize("one_at_a_time", [False, True])
+@pytest.mark.usefixtures("gpu")
+def test_on_a_gpu_a_peer_that_fails_is_left_out_and_we_are_not(one_at_a_time: bool) -> None:
+    def fail(*_: object) -> Contestant:
+        raise RuntimeError("no kernel image\nfor this device")
+
+    def race_of(ours: Contestant | None) -> dict:
+        entrants = {
+            "enters": fail,
+            "runs": lambda: Contestant(fail),
+            "ours": fail if ours is None else lambda: ours,
+            "peer": lambda: Contestant(lambda: None),
+        }
+        return race(entrants, torch.device("cuda"), 3, 60, one_at_a_time)
+
+    results = race_of(Contestant(lambda: None))
+    assert str(results["enters"]) == str(results["runs"]) == "RuntimeError: no kernel image"
+    assert results["ours"] == results["peer"] == Measurement([8e-3] * 3, 250)
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        race_of(None)
+
+
+def test_inputs_rotate_past_the_cache_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = type("Properties", (), {"L2_cache_size": 1000})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    for numbers, copies in ((25, 16), (100, 6), (500, 2), (600, 1)):
+        inputs = measure.rotated(
+            lambda seed, numbers=numbers: (torch.full((numbers,), float(seed)),), torch.device("cuda")
+        )
+        expected = [[i] * numbers for i in range(copies)]
+        assert [x.tolist() for (x,) in inputs] == expected
+    assert len(measure.rotated(lambda seed: (torch.zeros(1),), CPU)) == 1
+
+
 def test_the_deadline_leaves_out_what_needs_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CAPI_BENCH_SECONDS", "100")
     deadline = measure.Deadline()
@@ -315,6 +384,7 @@ def test_parts_of_one_machine_make_one_report(folder: Path) -> None:
         "260 us",
         "520 us",
         "2.08x (varlen_attn)",
+        "3585 GB/s, 189 TFLOP/s",
         "83%",
         "3.0 MiB",
         "1.50x",
@@ -329,7 +399,7 @@ def test_parts_of_one_machine_make_one_report(folder: Path) -> None:
 def test_the_report_of_a_cpu_names_no_floor(folder: Path) -> None:
     report.main([str(folder / "cpu.json")])
     text = (folder / "cpu.md").read_text()
-    assert text.startswith("# CPU\n\nSome CPU, 2 threads, PyTorch 2.11.0")
+    assert text.startswith("# CPU\n\n- Some CPU, 2 threads, PyTorch 2.11.0")
     assert "Ceilings" not in text
     assert "| 1.50 s |" in text
     assert not (folder / "cpu.png").exists()
