@@ -168,6 +168,28 @@ def test_drop_path_of_the_predictor_keeps_queries_with_their_own_image() -> None
         )
 
 
+def test_every_branch_draws_its_own_images_and_the_context_follows_the_queries() -> None:
+    backbone, (images, masks) = make_backbone(), make_batch(n=16)
+    branches: list[tuple[int, ...]] = []
+
+    def record(block, arguments) -> None:
+        _, packed, context, context_packed, attention, of_context, mlp = arguments
+        starts = [(attention, packed), (mlp, packed)] + ([] if context is None else [(of_context, context_packed)])
+        drawn = [
+            tuple((torch.searchsorted(layout.cu_seqlens, subset.tokens, right=True) - 1).unique().tolist())
+            for subset, layout in starts
+        ]
+        if context is not None:
+            assert drawn.pop() == drawn[0]
+        branches.extend(drawn)
+
+    for block in (*backbone.encoder.blocks, *backbone.decoder.blocks):
+        block.register_forward_pre_hook(record)
+    backbone.predict(images, masks, DropPath(0.5, np.random.default_rng(0)))
+    assert len(branches) == len(set(branches)) == 8
+    assert {len(branch) for branch in branches} == {8}
+
+
 def test_drop_path_counts() -> None:
     for n_images, kept in [(512, 409), (5, 4), (2, 1), (1, 1)]:
         images = DropPath(0.2, np.random.default_rng(0)).draw(n_images, 3)

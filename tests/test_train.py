@@ -20,6 +20,7 @@ from capi.data import ImageStream
 from capi.distributed import World
 from capi.masking import Masks, sample_masks
 from capi.model import normalize_images
+from capi.prefetch import DevicePrefetcher
 from capi.train import Trainer, main
 
 TINIEST = """
@@ -82,6 +83,7 @@ def test_a_run_writes_its_folder(arguments, tmp_path, capsys) -> None:
         assert 0 <= line["data_wait"] <= 1
     assert lines[0]["target_entropy_floor"] == pytest.approx(0.6931, abs=1e-4)
     assert lines[0]["target_entropy"] > 0.69
+    assert lines[0]["positional_mi"] > 0  # Of so few tokens even by chance, unless all stood at one position.
     resolved = load_config(["--config", str(run_dir / "config.yaml")])
     assert resolved.optim.batch_size == 8
     assert (run_dir / "curves.png").read_bytes()[:4] == (run_dir / "features.png").read_bytes()[:4] == b"\x89PNG"
@@ -409,3 +411,47 @@ def test_a_step_does_not_depend_on_which_images_share_a_batch_position(tmp_path)
     again = Trainer(config, World(0, 1, torch.device("cpu"))).step([(batch.images[order], shuffled)], 3)
     for key in ("loss", "clustering_loss", "target_entropy"):
         assert float(getattr(once, key)) == pytest.approx(float(getattr(again, key)), rel=1e-5), key
+
+
+def steps_on(device: str, tmp_path: Path, *options: str) -> tuple[Trainer, list[list[float]]]:
+    """Four steps, all on the same images, and their losses."""
+    config = load_tiniest(tmp_path, "--run.device", "auto", "--model.embed_dim", "64", *options)
+    trainer = Trainer(config, World(0, 1, torch.device(device)))
+    images, masks = batch_of(config, range(8))
+    batches = [(images.to(device), masks.to(device))]
+    results = [trainer.step(batches, step) for step in range(4)]
+    return trainer, [[float(x) for x in (r.loss, r.clustering_loss, r.target_entropy)] for r in results]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("drop_path_rate", ["0", "0.3"])
+def test_a_gpu_takes_the_steps_of_a_cpu(drop_path_rate, tmp_path) -> None:
+    """fp32, plain and compiled, to the rounding of sums in other orders; bf16 near it."""
+    options = ["--model.drop_path_rate", drop_path_rate, "--run.precision"]
+    _, expected = steps_on("cpu", tmp_path, *options, "fp32")
+    for compile_ in ("off", "on"):
+        trainer, actual = steps_on("cuda", tmp_path, *options, "fp32", "--run.compile", compile_)
+        np.testing.assert_allclose(actual, expected, rtol=2e-4)
+        _, again = steps_on("cuda", tmp_path, *options, "fp32", "--run.compile", compile_)
+        assert actual == again, "two runs differ"
+        assert trainer.compute_dtype == torch.float32
+    trainer, actual = steps_on("cuda", tmp_path, *options, "bf16")
+    assert trainer.compute_dtype == torch.bfloat16
+    np.testing.assert_allclose(actual, expected, rtol=0.05)
+
+
+@pytest.mark.gpu
+def test_a_step_does_not_wait_for_the_gpu(tmp_path) -> None:
+    config = load_tiniest(
+        tmp_path, "--run.device", "auto", "--run.micro_batch_size", "4", "--masking.mask_ratio", "0.6"
+    )
+    trainer = Trainer(config, World(0, 1, torch.device("cuda")))
+    with DevicePrefetcher(ImageStream(config), torch.device("cuda")) as batches:
+        for step in range(5):
+            micro_batches = next(batches)
+            torch.cuda.set_sync_debug_mode("error" if step == 4 else "default")  # Once everything is compiled.
+            try:
+                trainer.step(micro_batches, step)
+                batches.prefetch()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
