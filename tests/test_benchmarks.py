@@ -1,6 +1,7 @@
 """The benchmarks' own parts: counts, peers, the clock, the race, and the report of raw files."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from capi.distributed import World
 from capi.train import Trainer
 
 CPU = torch.device("cpu")
+peers_rotate = peers._rotate
 H200 = costs.Ceilings(4300.0, 790.0)
 
 
@@ -92,23 +94,28 @@ def test_flex_attention_computes_the_definition(queries: int | None) -> None:
     assert_as_accurate(case.implementation("flex_attention")(q, k, v, *tables), same_dtype[0], oracle[0])
 
 
-def test_a_wrong_peer_does_not_enter(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "wrong",
+    [lambda q, k, *tables: (q, k), lambda q, k, *tables: peers_rotate(q, 2 * k - k.detach(), *tables)],
+    ids=["no rotary embedding", "twice the gradient of k"],
+)
+def test_a_wrong_peer_does_not_enter(monkeypatch: pytest.MonkeyPatch, wrong: Callable) -> None:
     case = AttentionCase(2, None, 7, 2, 8, CPU, torch.float32)
-    monkeypatch.setattr(peers, "_rotate", lambda q, k, *tables: (q, k))
+    monkeypatch.setattr(peers, "_rotate", wrong)
     with pytest.raises(AssertionError, match="above the budget"):
         case.enter("sdpa", "forward")
 
 
-def test_the_document_mask_visits_the_blocks_that_hold_pairs_of_one_image() -> None:
-    layout = peers.Layout(images=7, queries=5, keys=9, device=CPU)
-    mask = peers.document_mask(layout, block=16)
-    image_of_query, image_of_key = (np.arange(7).repeat(n) for n in (5, 9))
+@pytest.mark.parametrize("keys", [8, 9])
+def test_the_document_mask_visits_the_blocks_that_hold_pairs_of_one_image(keys: int) -> None:
+    mask = peers.document_mask(peers.Layout(images=7, queries=5, keys=keys, device=CPU), block=16)
+    image_of_query, image_of_key = (np.arange(7).repeat(n) for n in (5, keys))
     pairs = np.zeros((48, 64), dtype=bool)
-    pairs[:35, :63] = image_of_query[:, None] == image_of_key
+    pairs[:35, : 7 * keys] = image_of_query[:, None] == image_of_key
     expected = pairs.reshape(3, 16, 4, 16).any(axis=(1, 3))
     assert (mask.to_dense()[0, 0].bool().numpy() == expected).all()
-    assert mask.mask_mod(0, 0, torch.tensor(34), torch.tensor(62))
-    assert not mask.mask_mod(0, 0, torch.tensor(34), torch.tensor(53))
+    assert mask.mask_mod(0, 0, torch.tensor(34), torch.tensor(7 * keys - 1))
+    assert not mask.mask_mod(0, 0, torch.tensor(34), torch.tensor(6 * keys - 1))
 
 
 def test_peers_that_need_a_gpu_say_so() -> None:
