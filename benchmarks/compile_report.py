@@ -31,6 +31,7 @@ MODULES = (
     "student_loss_triton",
     "visible_attention_triton",
     "masked_cross_attention_triton",
+    "cross_attention_weights_triton",
     "_tiled_attention_triton",
 )
 TARGETS = (80, 90, 100)  # Compute capabilities times ten.

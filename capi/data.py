@@ -107,10 +107,10 @@ def crop(data: Encoded, size: int, choose_box: Callable[[int, int], Box]) -> UIn
     box = [round(edge / reduction) for edge in (left, top, left + width, top + height)]
     pixels = torch.from_numpy(np.array(_to_rgb(image.crop(box))))
     # A fraction of the time that Pillow's own resize takes.
-    resized = interpolate(pixels.permute(2, 0, 1)[None], (size, size), mode="bicubic", antialias=True)[0]
-    upright = resized.permute(1, 2, 0)
+    planes = interpolate(pixels.permute(2, 0, 1)[None], (size, size), mode="bicubic", antialias=True)[0]
+    resized = planes.permute(1, 2, 0)
     swap, reverse = _UPRIGHT.get(_orientation(image), (False, ()))
-    return (upright.transpose(0, 1) if swap else upright).flip(reverse).numpy()
+    return (resized.transpose(0, 1) if swap else resized).flip(reverse).numpy()
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -186,7 +186,7 @@ class ImageStream:
                 f"optim.batch_size must divide by the number of ranks, got {config.optim.batch_size} on {world_size}"
             )
         local, micro = config.optim.batch_size // world_size, micro_batch_size(config, world_size)
-        if local % micro:
+        if micro < 1 or local % micro:
             raise ValueError(f"run.micro_batch_size must divide the {local} images of a rank, got {micro}")
         self.micro_batches_per_step = local // micro
         self._config, self._rank, self._world_size = config, rank, world_size

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -26,10 +25,6 @@ class Masks:
     """Grouped by image, in random order within an image: what is predicted here stays aligned with its target."""
     visible_counts: tuple[int, ...]
     predict_counts: tuple[int, ...]
-
-    @cached_property
-    def cu_predict(self) -> Int[Tensor, "images_plus_1"]:
-        return cumulative_lengths(self.predict_counts).to(self.predict_indices.device, non_blocking=True)
 
     def to(self, device: torch.device | str) -> "Masks":
         return replace(

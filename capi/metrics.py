@@ -157,7 +157,8 @@ def training_flop_per_image(config: Config) -> float:
     """Floating-point operations one image costs a training step: two per multiply-add of every matrix product.
 
     Backward passes cost twice the forward of what trains: all of the student, but only the weights of the teacher's
-    clustering layer and of the patch embedding.
+    clustering layer and of the patch embedding. The FLOP of the algorithm as published, whatever order of products is
+    cheaper and whatever is computed twice, so that figures of implementations compare.
     """
     model, masking = config.model, config.masking
     d, prototypes = model.embed_dim, config.clustering.n_prototypes

@@ -4,7 +4,7 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,11 +77,17 @@ class Trainer:
         if world.size > 1:
             self.student = DistributedDataParallel(self.student)
 
-    def step(self, batches: Sequence[tuple[Shaped[Tensor, "images 3 height width"], Masks]], step: int) -> StepResult:
+    def step(
+        self,
+        batches: Sequence[tuple[Shaped[Tensor, "images 3 height width"], Masks]],
+        step: int,
+        launched: Callable[[], None] = lambda: None,
+    ) -> StepResult:
         """Clustering loss of the whole batch and its backward, the student's of each micro-batch, the three updates.
 
         Sinkhorn balances over all micro-batches of all ranks; the student's targets are made anew of its potentials,
         micro-batch by micro-batch. A step whose losses are not finite leaves student and clustering as they are.
+        `launched` is called each time that the work of a micro-batch is handed to the device.
         """
         config, head = self.config, self.model.teacher["head"]
         lr, momentum, clustering_lr = (
@@ -117,6 +123,7 @@ class Trainer:
                 losses.append(loss.detach())
                 entropies.append(entropy * (len(logits) / n_predicted))
                 clusters.append(most_likely)
+                launched()
         loss, entropy = torch.stack(losses).sum(), torch.stack(entropies).sum()
 
         finite = torch.isfinite(average(loss + clustering_loss.detach()))
@@ -247,16 +254,14 @@ def _run_steps(trainer: Trainer, start: int, stream_state: dict | None, run_dir:
         with DevicePrefetcher(stream, world.device) as batches:
             rates = _Rates(config, world, batches)
             for step in range(start, config.optim.steps):
+                last = step + 1 == config.optim.steps
                 micro_batches = next(batches)
-                result = trainer.step(micro_batches, step)
+                result = trainer.step(micro_batches, step, (lambda: None) if last else batches.prefetch)
                 positions = torch.cat([masks.predict_indices for _, masks in micro_batches]) % n_tokens
                 statistics.update(positions, result.clusters)
                 rates.step_ends()
                 del micro_batches  # The prefetcher bounds what the device holds.
                 done = step + 1
-                last = done == config.optim.steps
-                if not last:
-                    batches.prefetch()
                 if done % config.run.log_every == 0 or last:
                     _log(trainer, result, step, statistics, rates, writer, bar)
                 if world.device.type == "cpu" or done % config.run.log_every == 0 or last:

@@ -17,7 +17,12 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from capi.masking import cumulative_lengths
-from capi_kernels import masked_cross_attention_kvpacked, rotary_tables, visible_attention_qkvpacked
+from capi_kernels import (
+    cross_attention_weights,
+    masked_cross_attention_kvpacked,
+    rotary_tables,
+    visible_attention_qkvpacked,
+)
 
 NORM_EPS = 1e-5
 ROPE_MAX_FREQUENCY = 7.0  # periods over the side of an image
@@ -30,6 +35,11 @@ class Packed(NamedTuple):
     cu_seqlens: Int[Tensor, "images_plus_1"]
     coords: Float[Tensor, "tokens 2"]
     max_seqlen: int
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every image has `max_seqlen` tokens."""
+        return self.coords.shape[0] == (self.cu_seqlens.shape[0] - 1) * self.max_seqlen
 
 
 def pack(counts: Sequence[int], coords: Float[Tensor, "tokens 2"]) -> Packed:
@@ -218,10 +228,7 @@ class CrossAttention(Attention):
     ) -> Float[Tensor, "queries dim"]:
         q_weight, kv_weight, proj_weight = self.weights()
         q = F.linear(x, q_weight).unflatten(-1, (self.num_heads, -1))
-        kv = F.linear(context, kv_weight).unflatten(-1, (2, self.num_heads, -1))
-        out = masked_cross_attention_kvpacked(
-            q,
-            kv,
+        where = (
             *rotary_tables(packed.coords, self.rope.freqs),
             *rotary_tables(context_packed.coords, self.rope.freqs),
             packed.cu_seqlens,
@@ -229,7 +236,29 @@ class CrossAttention(Attention):
             packed.max_seqlen,
             context_packed.max_seqlen,
         )
+        if _values_come_last(packed, context_packed, self.num_heads, x.shape[1]):
+            k_weight, v_weight = kv_weight.chunk(2)
+            k = F.linear(context, k_weight).unflatten(-1, (self.num_heads, -1))
+            weights = cross_attention_weights(q, k, *where)  # [images, heads, queries, keys]
+            images, heads, queries, keys = weights.shape
+            summed = torch.bmm(weights.flatten(1, 2), context.unflatten(0, (images, keys)))
+            summed = summed.unflatten(1, (heads, queries))  # [images, heads, queries, dim]
+            out = torch.einsum("ihqd,hed->iqhe", summed, v_weight.unflatten(0, (heads, -1))).flatten(0, 1)
+        else:
+            kv = F.linear(context, kv_weight).unflatten(-1, (2, self.num_heads, -1))
+            out = masked_cross_attention_kvpacked(q, kv, *where)
         return F.linear(out.flatten(1), proj_weight)
+
+
+def _values_come_last(packed: Packed, context: Packed, heads: int, dim: int) -> bool:
+    """Whether to project the weighted sums of the context rather than the context: P (X W^T) = (P X) W^T.
+
+    Values carry no rotary embedding, so both are the same; with few queries the second takes fewer FLOP. It needs as
+    many tokens of every image, for P X to be a plain batched product.
+    """
+    queries, keys = packed.max_seqlen, context.max_seqlen
+    full = packed.is_full and context.is_full
+    return full and queries * (heads * keys + dim) < keys * (queries + dim)
 
 
 class RMSNorm(nn.RMSNorm):

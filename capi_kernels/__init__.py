@@ -3,6 +3,7 @@
 from capi_kernels import reference
 from capi_kernels._rotary import apply_rotary, rotary_tables
 from capi_kernels.clustering import clustering_head, clustering_targets
+from capi_kernels.cross_attention_weights import cross_attention_weights
 from capi_kernels.masked_cross_attention import masked_cross_attention, masked_cross_attention_kvpacked
 from capi_kernels.reference import ClusteringHead, Potentials, TargetRows
 from capi_kernels.sinkhorn import assignments_from_potentials, sinkhorn_positionwise, sinkhorn_potentials
@@ -17,6 +18,7 @@ __all__ = [
     "assignments_from_potentials",
     "clustering_head",
     "clustering_targets",
+    "cross_attention_weights",
     "masked_cross_attention",
     "masked_cross_attention_kvpacked",
     "reference",

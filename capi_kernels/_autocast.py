@@ -23,7 +23,7 @@ def register_autocast(op: str, count: int) -> None:
     for device_type, key in KEYS.items():
 
         def kernel(*operands, device_type: str = device_type):
-            tensors = cast_inputs(*operands[:count]) if count else ()
+            tensors = cast_inputs(*operands[:count])
             with torch.autocast(device_type, enabled=False):
                 return getattr(torch.ops.capi_kernels, name)(*tensors, *operands[count:])
 

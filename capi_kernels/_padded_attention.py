@@ -72,9 +72,46 @@ def _write(dx: Tensor, cos: Tensor | None, sin: Tensor | None, out: Tensor) -> N
 
 def _bmm(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
     """Scaled product of [groups, heads, m, n] and [groups, heads, n, p]; matmul would look for broadcasts."""
+    # In place, which autocast leaves alone: it may be on in a backward.
     out = torch.empty((*a.shape[:3], b.shape[3]), dtype=a.dtype, device=a.device)
     out.flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1), beta=0, alpha=scale)
     return out
+
+
+def padded_operands(
+    q: Tensor, k: Tensor, tables: Sequence[Tensor | None], cu_seqlens: Sequence[Tensor], max_seqlens: Sequence[int]
+) -> tuple[tuple[Tensor | None, ...], tuple[Layout, Layout]]:
+    """The tables of queries and context, padded, and the layouts of both."""
+    layouts = layout_of(cu_seqlens[0], max_seqlens[0], len(q)), layout_of(cu_seqlens[1], max_seqlens[1], len(k))
+    return pad_tables(tables[:2], layouts[0]) + pad_tables(tables[2:], layouts[1]), layouts
+
+
+def _read(x: Tensor, kv_index: Tensor | None) -> Tensor:
+    """Of each group the context that it reads."""
+    return x if kv_index is None else x.index_select(0, kv_index)
+
+
+def _unread(dx: Tensor, kv_index: Tensor | None, contexts: int) -> Tensor:
+    """The transpose of `_read`: groups that read one context add up in their order."""
+    return dx if kv_index is None else dx.new_zeros((contexts, *dx.shape[1:])).index_add_(0, kv_index, dx)
+
+
+def _weights(
+    q: Tensor,
+    k: Tensor,
+    tables: Sequence[Tensor | None],
+    layouts: tuple[Layout, Layout],
+    kv_index: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Padded q and k, rotated, and P; padded queries have some weights, queries without keys equal ones."""
+    q, k = _heads(q, *tables[:2], layouts[0]), _read(_heads(k, *tables[2:], layouts[1]), kv_index)
+    scores = _bmm(q, k.mT, scale)
+    if layouts[1].mask is not None:
+        # A finite score: a group without keys then averages the zeros of its padding, where -inf gives NaN.
+        mask = _read(layouts[1].mask, kv_index)
+        scores.masked_fill_(~mask[:, None, None, :], torch.finfo(scores.dtype).min)
+    return q, k, torch.softmax(scores, -1)
 
 
 def padded_attention(
@@ -87,19 +124,11 @@ def padded_attention(
     scale: float,
 ) -> tuple[Tensor, list[Tensor]]:
     """o, packed, and for the backward the padded q and k, rotated, v and P; the tables are padded."""
-    layout_q, layout_k = layouts
-    q = _heads(q, *tables[:2], layout_q)
-    k, v, mask = _heads(k, *tables[2:], layout_k), _heads(v, None, None, layout_k), layout_k.mask
-    if kv_index is not None:
-        k, v, mask = (x if x is None else x.index_select(0, kv_index) for x in (k, v, mask))
-    scores = _bmm(q, k.mT, scale)
-    if mask is not None:
-        # A finite score: a group without keys then averages the zeros of its padding, where -inf gives NaN.
-        scores.masked_fill_(~mask[:, None, None, :], torch.finfo(scores.dtype).min)
-    P = torch.softmax(scores, -1)
-    out = torch.empty((layout_q.groups, layout_q.length, *q.shape[1::2]), dtype=q.dtype, device=q.device)
+    q, k, P = _weights(q, k, tables, layouts, kv_index, scale)
+    v = _read(_heads(v, None, None, layouts[1]), kv_index)
+    out = torch.empty((*P.shape[:1], P.shape[2], P.shape[1], v.shape[3]), dtype=q.dtype, device=q.device)
     _write(_bmm(P, v), None, None, out)
-    return unpad(out, layout_q), [q, k, v, P]
+    return unpad(out, layouts[0]), [q, k, v, P]
 
 
 def padded_attention_backward(
@@ -115,14 +144,55 @@ def padded_attention_backward(
 ) -> None:
     """Write dq, dk and dv, padded [groups, length, heads, head_dim], whatever their strides; the tables are padded."""
     q, k, v, P = saved
-    layout_q, layout_k = layouts
-    do = _heads(do, None, None, layout_q)
+    do = _heads(do, None, None, layouts[0])
     dS = torch.ops.aten._softmax_backward_data(_bmm(do, v.mT), P, -1, P.dtype)
     _write(_bmm(dS, k, scale), *tables[:2], dq)
-    for dx, product, dx_tables in ((dk, _bmm(dS.mT, q, scale), tables[2:]), (dv, _bmm(P.mT, do), (None, None))):
-        if kv_index is not None:
-            product = product.new_zeros((layout_k.groups, *product.shape[1:])).index_add_(0, kv_index, product)
-        _write(product, *dx_tables, dx)
+    _write(_unread(_bmm(dS.mT, q, scale), kv_index, layouts[1].groups), *tables[2:], dk)
+    _write(_unread(_bmm(P.mT, do), kv_index, layouts[1].groups), None, None, dv)
+
+
+def _padding(layouts: tuple[Layout, Layout], kv_index: Tensor | None) -> Tensor | None:
+    """Where a query or a key is padding, [groups, 1, queries, keys] or broadcast to that; None where none is."""
+    mask_q, mask_k = layouts[0].mask, layouts[1].mask
+    masks = [] if mask_q is None else [~mask_q[:, None, :, None]]
+    masks += [] if mask_k is None else [~_read(mask_k, kv_index)[:, None, None, :]]
+    return masks[0] | masks[-1] if masks else None
+
+
+def padded_attention_weights(
+    q: Tensor,
+    k: Tensor,
+    tables: Sequence[Tensor | None],
+    layouts: tuple[Layout, Layout],
+    kv_index: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """P [groups, heads, queries, keys], zero where either is padding; the tables are padded."""
+    _, _, P = _weights(q, k, tables, layouts, kv_index, scale)
+    padding = _padding(layouts, kv_index)
+    return P if padding is None else P.masked_fill_(padding, 0)
+
+
+def padded_attention_weights_backward(
+    dP: Tensor,
+    P: Tensor,
+    q: Tensor,
+    k: Tensor,
+    tables: Sequence[Tensor | None],
+    layouts: tuple[Layout, Layout],
+    kv_index: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """dq and dk, packed; the tables are padded."""
+    padding = _padding(layouts, kv_index)
+    if padding is not None:
+        dP = dP.masked_fill(padding, 0)  # Whatever stands there.
+    dS = torch.ops.aten._softmax_backward_data(dP, P, -1, P.dtype)
+    dq, dk = (x.new_empty((y.groups, y.length, *x.shape[1:])) for x, y in zip((q, k), layouts, strict=True))
+    q, k = _heads(q, *tables[:2], layouts[0]), _read(_heads(k, *tables[2:], layouts[1]), kv_index)
+    _write(_bmm(dS, k, scale), *tables[:2], dq)
+    _write(_unread(_bmm(dS.mT, q, scale), kv_index, layouts[1].groups), *tables[2:], dk)
+    return unpad(dq, layouts[0]), unpad(dk, layouts[1])
 
 
 def padded_shapes(groups, heads, max_seqlen_q, max_seqlen_k, head_dim) -> tuple[tuple, ...]:

@@ -21,10 +21,9 @@ from capi_kernels._checks import (
     check_tensor,
 )
 from capi_kernels._padded_attention import (
-    layout_of,
-    pad_tables,
     padded_attention,
     padded_attention_backward,
+    padded_operands,
     padded_shapes,
     unpad,
 )
@@ -40,26 +39,21 @@ torch.library.define(
     f"{OP}_backward", f"(Tensor do, Tensor out, Tensor[] saved, {OPERANDS}) -> (Tensor dq, Tensor dkv)"
 )
 register_autocast(OP, 3)
-register_autocast(f"{OP}_backward", 0)
-
-
-def _padding(q, k, tables, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) -> tuple[tuple, tuple]:
-    """The padded tables, and the layouts of queries and context."""
-    layouts = layout_of(cu_seqlens_q, max_seqlen_q, len(q)), layout_of(cu_seqlens_k, max_seqlen_k, len(k))
-    return pad_tables(tables[:2], layouts[0]) + pad_tables(tables[2:], layouts[1]), layouts
 
 
 @torch.library.impl(OP, "CPU")
 def _(q, k, v, *operands):
     *tables, cu_seqlens_q, cu_seqlens_k, kv_index, max_seqlen_q, max_seqlen_k, scale = operands
-    tables, layouts = _padding(q, k, tables, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    where = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
+    tables, layouts = padded_operands(q, k, tables, *where)
     return padded_attention(q, k, v, tables, layouts, kv_index, scale)
 
 
 @torch.library.impl(f"{OP}_backward", "CPU")
 def _(do, out, saved, q, k, v, *operands):
     *tables, cu_seqlens_q, cu_seqlens_k, kv_index, max_seqlen_q, max_seqlen_k, scale = operands
-    tables, layouts = _padding(q, k, tables, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    where = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
+    tables, layouts = padded_operands(q, k, tables, *where)
     dq = q.new_empty((layouts[0].groups, layouts[0].length, *q.shape[1:]))
     dkv = k.new_empty((layouts[1].groups, layouts[1].length, 2, *k.shape[1:]))
     padded_attention_backward(do, saved, tables, layouts, kv_index, scale, dq, *dkv.unbind(2))

@@ -34,7 +34,6 @@ OP = "capi_kernels::visible_attention"
 torch.library.define(OP, f"({OPERANDS}) -> (Tensor out, Tensor[] saved)")
 torch.library.define(f"{OP}_backward", f"(Tensor do, Tensor out, Tensor[] saved, {OPERANDS}) -> Tensor dqkv")
 register_autocast(OP, 3)
-register_autocast(f"{OP}_backward", 0)
 
 
 @torch.library.impl(OP, "CPU")

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from capi_kernels import (
+    cross_attention_weights,
     masked_cross_attention,
     masked_cross_attention_kvpacked,
     visible_attention,
@@ -44,11 +45,18 @@ def cross_operands(queries: list[int], contexts: list[int], kv_index: list[int] 
     return *leaves, *q_tables, *k_tables, *lengths, 0.3
 
 
+def weights_operands(*lengths) -> tuple:
+    q, k, _, *rest = cross_operands(*lengths)
+    return q, k, *rest
+
+
 CASES = {
     "ragged": (OPS.visible_attention.default, visible_operands([3, 0, 5])),
     "full": (OPS.visible_attention.default, visible_operands([4, 4], rotary=False)),
     "cross": (OPS.masked_cross_attention.default, cross_operands([3, 1], [5, 2], None)),
     "indexed": (OPS.masked_cross_attention.default, cross_operands([3, 1, 2], [5, 2], [1, 0, 1])),
+    "weights": (OPS.cross_attention_weights.default, weights_operands([3, 1], [5, 2], None)),
+    "indexed weights": (OPS.cross_attention_weights.default, weights_operands([3, 1, 2], [5, 2], [1, 0, 1])),
 }
 
 
@@ -62,6 +70,11 @@ def cross(*operands) -> Tensor:
     return masked_cross_attention(*tensors, max_seqlen_q, max_seqlen_k, kv_index=kv_index, scale=scale)
 
 
+def weights(*operands) -> Tensor:
+    *tensors, kv_index, max_seqlen_q, max_seqlen_k, scale = operands
+    return cross_attention_weights(*tensors, max_seqlen_q, max_seqlen_k, kv_index=kv_index, scale=scale)
+
+
 def visible_packed(q, k, v, *operands) -> Tensor:
     *given, scale = operands
     return visible_attention_qkvpacked(torch.stack([q, k, v], 1), *given, scale=scale)
@@ -73,24 +86,46 @@ def cross_packed(q, k, v, *operands) -> Tensor:
     return masked_cross_attention_kvpacked(q, kv, *tensors, max_seqlen_q, max_seqlen_k, kv_index=kv_index, scale=scale)
 
 
-# The public functions on the operands of their ops.
+# The public functions on the operands of their ops, with q, k and v apart and packed.
 FUNCTIONS = {
     "ragged": (visible, visible_packed),
     "full": (visible, visible_packed),
     "cross": (cross, cross_packed),
     "indexed": (cross, cross_packed),
+    "weights": (weights,),
+    "indexed weights": (weights,),
 }
+# What the tests below run: a case, and how it is called.
+CALLS = [("ragged", False), ("ragged", True), ("indexed", False), ("indexed", True), ("indexed weights", False)]
+
+
+def leaves_of(case: str) -> int:
+    """How many operands have gradients."""
+    return 2 if "weights" in case else 3
+
+
+def check_ops(op, operands: tuple) -> None:
+    torch.library.opcheck(op, operands)
+    operands = [x.detach() if isinstance(x, Tensor) else x for x in operands]
+    results = op(*operands)
+    out, *saved = (results,) if isinstance(results, Tensor) else results
+    backward = getattr(OPS, f"{op._opname}_backward").default
+    torch.library.opcheck(backward, (torch.randn_like(out), out, *saved, *operands))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_opcheck(case: str) -> None:
+    check_ops(*CASES[case])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_opcheck_on_a_gpu(case: str, dtype: torch.dtype) -> None:
     op, operands = CASES[case]
-    torch.library.opcheck(op, operands)
-    out, saved = op(*operands)
-    backward = getattr(OPS, f"{op._opname}_backward").default
-    operands = [x.detach() if isinstance(x, Tensor) else x for x in operands]
-    saved = [x.detach() for x in saved]
-    torch.library.opcheck(backward, (torch.randn_like(out), out.detach(), saved, *operands))
+    leaves = [x.detach().to("cuda", dtype).requires_grad_() for x in operands[: leaves_of(case)]]
+    rest = [x.to("cuda") if isinstance(x, Tensor) else x for x in operands[leaves_of(case) :]]
+    check_ops(op, (*leaves, *rest))
 
 
 def test_shapes_on_a_gpu_without_one() -> None:
@@ -106,16 +141,24 @@ def test_shapes_on_a_gpu_without_one() -> None:
     assert saved.dtype == torch.float32
     assert dqkv.shape == (8, 3, 2, 8)
 
+    _, operands = CASES["indexed weights"]
+    with torch._subclasses.FakeTensorMode():
+        fakes = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda") for x in operands[:9]]
+        out = OPS.cross_attention_weights(*fakes, *operands[9:])
+        dq, dk = OPS.cross_attention_weights_backward(out, out, *fakes, *operands[9:])
+    assert out.shape == (3, 2, 3, 5)
+    assert out.stride() == (2 * 3 * 16, 3 * 16, 16, 1)  # Rows are aligned.
+    assert (dq.shape, dk.shape) == ((6, 2, 8), (7, 2, 8))
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("case", ["ragged", "indexed"])
+
+@pytest.mark.parametrize(("case", "packed"), CALLS)
 def test_torch_func_grad(case: str, packed: bool) -> None:
-    *leaves, rest = *CASES[case][1][:3], CASES[case][1][3:]
+    leaves, rest = CASES[case][1][: leaves_of(case)], CASES[case][1][leaves_of(case) :]
 
     def loss(*leaves: Tensor) -> Tensor:
         return FUNCTIONS[case][packed](*leaves, *rest).square().sum()
 
-    actual = torch.func.grad(loss, (0, 1, 2))(*(x.detach() for x in leaves))
+    actual = torch.func.grad(loss, tuple(range(len(leaves))))(*(x.detach() for x in leaves))
     for dx, expected in zip(actual, torch.autograd.grad(loss(*leaves), leaves), strict=True):
         assert torch.equal(dx, expected)
 
@@ -136,7 +179,7 @@ class Recorder(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("strided", [False, True])
-@pytest.mark.parametrize("case", FUNCTIONS)
+@pytest.mark.parametrize("case", ["ragged", "full", "cross", "indexed"])
 def test_packed_gradients_are_the_buffer_of_the_backward(case: str, strided: bool) -> None:
     """The bits of the function of three inputs, whatever the strides; the backward is one op and nothing else."""
     operands = CASES[case][1]
@@ -169,8 +212,7 @@ def test_packed_gradients_are_the_buffer_of_the_backward(case: str, strided: boo
         assert torch.equal(part, dx)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("case", ["ragged", "indexed"])
+@pytest.mark.parametrize(("case", "packed"), CALLS)
 def test_selective_checkpointing_by_name(case: str, packed: bool) -> None:
     """A policy that saves the op by name runs it once; one that does not runs it twice; the gradients are the same."""
     op, operands = CASES[case]
@@ -194,13 +236,24 @@ def test_selective_checkpointing_by_name(case: str, packed: bool) -> None:
         assert calls.count(False) == 1
 
 
-@pytest.mark.parametrize("case", ["ragged", "indexed"])
-@pytest.mark.parametrize("called", ["function", "packed", "op"])
+@pytest.mark.parametrize(
+    ("case", "called"),
+    [
+        *((case, ("function", "packed")[packed]) for case, packed in CALLS),
+        ("ragged", "op"),
+        ("indexed", "op"),
+        ("indexed weights", "op"),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_is_a_cast_of_q_k_and_v(case: str, called: str, dtype: torch.dtype) -> None:
+def test_autocast_is_a_cast_of_q_k_and_v_alone(case: str, called: str, dtype: torch.dtype) -> None:
     op, operands = CASES[case]
-    leaves, rest = operands[:3], operands[3:]
-    function = (lambda *operands: op(*operands)[0]) if called == "op" else FUNCTIONS[case][called == "packed"]
+    leaves, rest = operands[: leaves_of(case)], operands[leaves_of(case) :]
+
+    def function(*operands) -> Tensor:
+        out = op(*operands) if called == "op" else FUNCTIONS[case][called == "packed"](*operands)
+        return out if isinstance(out, Tensor) else out[0]
+
     cast = [x.detach().to(dtype).requires_grad_() for x in leaves]
     expected = function(*cast, *rest)
     do = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -221,19 +274,20 @@ def test_autocast_is_a_cast_of_q_k_and_v(case: str, called: str, dtype: torch.dt
     assert not torch.equal(function(*cast, *rounded), expected)
 
 
-@pytest.mark.parametrize("case", ["ragged", "indexed"])
+@pytest.mark.parametrize("case", ["ragged", "indexed", "indexed weights"])
 def test_autocast_leaves_float64_and_the_backward_alone(case: str) -> None:
     _, operands = CASES[case]
-    wide = [x.detach().double().requires_grad_() for x in operands[:3]]
-    for leaves in (wide, operands[:3]):
-        expected = FUNCTIONS[case][0](*leaves, *operands[3:])
+    given, rest = operands[: leaves_of(case)], operands[leaves_of(case) :]
+    wide = [x.detach().double().requires_grad_() for x in given]
+    for leaves in (wide, given):
+        expected = FUNCTIONS[case][0](*leaves, *rest)
         gradients = torch.autograd.grad(expected.square().sum(), leaves)
-        out = FUNCTIONS[case][0](*leaves, *operands[3:])
+        out = FUNCTIONS[case][0](*leaves, *rest)
         loss = out.square().sum()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             actual = torch.autograd.grad(loss, leaves)
             if leaves is wide:
-                assert torch.equal(FUNCTIONS[case][0](*leaves, *operands[3:]), expected)
+                assert torch.equal(FUNCTIONS[case][0](*leaves, *rest), expected)
         for a, e in zip(actual, gradients, strict=True):
             assert torch.equal(a, e)
 
@@ -241,6 +295,7 @@ def test_autocast_leaves_float64_and_the_backward_alone(case: str) -> None:
 COMPILED = """
 import torch
 from capi_kernels import (
+    cross_attention_weights,
     masked_cross_attention,
     masked_cross_attention_kvpacked,
     visible_attention,
@@ -264,6 +319,12 @@ def packed(x, context, tables, context_tables, cu_seqlens, cu_context, kv_index,
         x, context, *tables, *context_tables, cu_seqlens, cu_context, max_seqlen, max_context, kv_index=kv_index
     )
 
+def weights(x, context, tables, context_tables, cu_seqlens, cu_context, kv_index, max_seqlen, max_context):
+    q, k = (x * 1.5)[:, 0], context[:, 1]
+    return cross_attention_weights(
+        q, k, *tables, *context_tables, cu_seqlens, cu_context, max_seqlen, max_context, kv_index=kv_index
+    ).sin()
+
 def under_autocast(*operands):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         return layer(*operands)
@@ -281,7 +342,7 @@ def backend(graph, inputs):
     return aot_eager(graph, inputs)
 
 batches = ([3, 5], [4, 6]), ([7, 2, 4], [5, 9, 3]), ([6, 6], [9, 8]), ([5, 0, 9, 8], [7, 6, 11, 2])
-for function in (layer, packed, under_autocast, op_under_autocast):
+for function in (layer, packed, weights, under_autocast, op_under_autocast):
     compiled = torch.compile(function, fullgraph=True, backend=backend)
     counts, compilations = [], 0
     for lengths, contexts in batches:
@@ -299,7 +360,7 @@ for function in (layer, packed, under_autocast, op_under_autocast):
             results.append((out, *gradients))
         for actual, expected in zip(*results):
             torch.testing.assert_close(actual, expected)
-        assert out.dtype == (torch.float32 if function in (layer, packed) else torch.bfloat16)
+        assert out.dtype == (torch.float32 if function in (layer, packed, weights) else torch.bfloat16)
         counts.append(compilations)
     print(function.__name__, counts)
 """
@@ -311,5 +372,5 @@ def test_compiles_whole_and_once_for_all_token_counts() -> None:
     assert run.returncode == 0, run.stderr
     # Sizes become symbols when they change for the first time.
     assert run.stdout.splitlines() == [
-        f"{name} [1, 2, 2, 2]" for name in ("layer", "packed", "under_autocast", "op_under_autocast")
+        f"{name} [1, 2, 2, 2]" for name in ("layer", "packed", "weights", "under_autocast", "op_under_autocast")
     ]

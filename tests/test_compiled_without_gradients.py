@@ -21,6 +21,7 @@ CASES = {
     "visible, packed": lambda: ck.visible_attention_qkvpacked(qkv, *tables, cumulative(3, 5), 5),
     "cross": lambda: ck.masked_cross_attention(q, *kv.unbind(1), *where),
     "cross, packed": lambda: ck.masked_cross_attention_kvpacked(q, kv, *where),
+    "weights": lambda: ck.cross_attention_weights(q, kv[:, 0], *where),
     "sinkhorn": lambda: ck.sinkhorn_positionwise(torch.ones(3, 4, 9)),
     "head": lambda: ck.clustering_head(torch.ones(3, 4, 5), weight, bias).loss,
     "student": lambda: ck.student_loss(torch.ones(4, 9), torch.full((4, 9), 1 / 9)),

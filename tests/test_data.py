@@ -830,9 +830,10 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"optim\.batch_size must divide by the number of ranks, got 6 on 4"):
             ImageStream(make_config("synthetic"), world_size=4)
 
-    def test_indivisible_micro_batch(self):
-        with pytest.raises(ValueError, match=r"run\.micro_batch_size must divide the 3 images of a rank, got 2"):
-            ImageStream(make_config("synthetic", micro_batch_size=2), world_size=2)
+    @pytest.mark.parametrize("micro", [2, 0, -3])
+    def test_indivisible_micro_batch(self, micro: int):
+        with pytest.raises(ValueError, match=rf"run\.micro_batch_size must divide the 3 images of a rank, got {micro}"):
+            ImageStream(make_config("synthetic", micro_batch_size=micro), world_size=2)
 
 
 class TestEvaluationImages:

@@ -7,7 +7,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.flop_counter import FlopCounterMode
 
-from capi import model
+from capi import model, transformer
 from capi.config import load_config
 from capi.data import ImageStream
 from capi.distributed import World
@@ -20,7 +20,6 @@ from capi.metrics import (
     read_metrics,
     training_flop_per_image,
 )
-from capi.model import normalize_images
 from capi.train import Trainer
 from capi_kernels import reference
 
@@ -159,16 +158,28 @@ def test_flop_of_the_large_model():
 
 
 def test_flop_equal_what_pytorch_counts_in_a_step(monkeypatch):
+    """Of the algorithm as published: the values projected first, the targets taken from the clustering head."""
     batch_size = 4
     # PyTorch sees into the definitions, but not into the ops that compute them.
-    for name in ("visible_attention", "masked_cross_attention", "clustering_head"):
-        monkeypatch.setattr(model, name, getattr(reference, name))
+    packed_ops = {"visible_attention_qkvpacked": 0, "masked_cross_attention_kvpacked": 1}
+    for name, before in packed_ops.items():
+        definition = getattr(reference, name.removesuffix("_qkvpacked").removesuffix("_kvpacked"))
+
+        def unpacked(*operands, definition=definition, before=before):
+            return definition(*operands[:before], *operands[before].unbind(1), *operands[before + 1 :])
+
+        monkeypatch.setattr(transformer, name, unpacked)
+    monkeypatch.setattr(transformer, "_values_come_last", lambda *_: False)
+    monkeypatch.setattr(model, "clustering_head", reference.clustering_head)
+    monkeypatch.setattr(
+        model, "clustering_targets", lambda features, weight, *_, **__: torch.ones(len(features), len(weight))
+    )
     options = ["--data.synthetic_size", "4", "--optim.batch_size", str(batch_size), "--run.device", "cpu"]
     config = load_config(["--config", "tiny", *options])
     batch = next(iter(ImageStream(config, rank=0, world_size=1)))
     trainer = Trainer(config, World(rank=0, size=1, device=torch.device("cpu")))
     with FlopCounterMode(display=False) as counter:
-        trainer.step(normalize_images(batch.images), batch.masks, 0)
+        trainer.step([(batch.images, batch.masks)], 0)
     counted = counter.get_total_flops() / batch_size
     # PyTorch also counts the outer products that form rotary angles.
     assert 0.999 * counted < training_flop_per_image(config) <= counted

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from capi import transformer
 from capi.config import ClusteringConfig, MaskingConfig, ModelConfig
 from capi.masking import Masks, sample_masks
 from capi.model import (
@@ -14,7 +15,7 @@ from capi.model import (
     normalize_images,
     target_entropy,
 )
-from capi.transformer import DropPath, Residual, cast_weights, pack, subsets
+from capi.transformer import DropPath, Packed, Residual, cast_weights, pack, subsets
 from capi_kernels import rotary_tables
 
 SHAPE = ModelConfig(
@@ -195,6 +196,33 @@ def test_drop_path_counts() -> None:
         images = DropPath(0.2, np.random.default_rng(0)).draw(n_images, 3)
         assert images.shape == (3, kept)
         assert all(len(set(branch)) == kept for branch in images.tolist())
+
+
+@pytest.mark.parametrize(("queries", "last"), [(1, True), (8, True), (41, True), (42, False), (166, False)])
+def test_values_come_last_where_that_takes_fewer_flop(queries, last) -> None:
+    """A ViT-L: 16 heads, 1024 channels, 106 keys."""
+
+    def packed(tokens: int, images: int = 3, more: int = 0) -> Packed:
+        cu_seqlens = torch.arange(images + 1, dtype=torch.int32) * tokens
+        return Packed(cu_seqlens, torch.zeros(images * tokens - more, 2), tokens)
+
+    assert transformer._values_come_last(packed(queries), packed(106), 16, 1024) is last
+    for ragged in ((packed(queries, more=1), packed(106)), (packed(queries), packed(106, more=1))):
+        assert not transformer._values_come_last(*ragged, 16, 1024)
+
+
+def test_values_last_are_values_first(monkeypatch) -> None:
+    """Predictions and all gradients of the predictor, drop-path included."""
+    backbone, (images, masks) = make_backbone(), make_batch(masking=MaskingConfig(prediction_subsampling=0.1))
+    results = []
+    for last in (True, False):
+        monkeypatch.setattr(transformer, "_values_come_last", lambda *_, last=last: last)
+        backbone.zero_grad()
+        out = backbone.predict(images, masks, DropPath(0.4, np.random.default_rng(0)))
+        out.square().sum().backward()
+        results.append({name: p.grad for name, p in backbone.named_parameters() if p.grad is not None} | {"out": out})
+    for name, x in results[0].items():
+        torch.testing.assert_close(x, results[1][name], rtol=0, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_initial_weights() -> None:

@@ -148,8 +148,8 @@ class FakeStream:
         event.behind = Counter(self.behind)
         return event
 
-    def wait_event(self, event: "FakeEvent") -> None:
-        self.behind |= event.behind
+    def wait_stream(self, stream: "FakeStream") -> None:
+        self.behind |= stream.behind
 
 
 class FakeEvent:
@@ -198,8 +198,8 @@ class FakeCuda:
         self.recorded.add(id(tensor))
 
 
-@pytest.mark.parametrize("called", [True, False])
-def test_order_of_copies_and_computation(monkeypatch, called: bool):
+@pytest.mark.parametrize("n_calls", [0, 1, 3, 5])
+def test_order_of_copies_and_computation(monkeypatch, n_calls: int):
     expected = list(islice(ImageStream(make_config()), 15))
     cuda = FakeCuda(monkeypatch)
     stream = ImageStream(make_config())
@@ -217,15 +217,15 @@ def test_order_of_copies_and_computation(monkeypatch, called: bool):
                 assert id(tensor) in cuda.recorded
                 # It began without waiting for any computation on the device.
                 assert cuda.copied[id(tensor)]["compute"] == 0
-        if called:
+        for i in range(n_calls):
             batches.prefetch()
-            batches.prefetch()
-        assert stream.state_dict()["step"] == k + 1 + called
+            assert len(cuda.copied) == 3 * (3 * (k + 1) + min(i + 1, 3))
+        assert stream.state_dict()["step"] == k + 1 + (n_calls >= 3)
         assert batches.state_dict()["step"] == k + 1
-        # Before step k + 1 is copied, the host waits for k - 1 steps, not for step k; where `prefetch` was not called,
-        # that happens in `next` for step k, with one step less.
+        # Before any of step k + 1 is copied, the host waits for k steps, 0 to k - 1, and not for step k. Where
+        # `prefetch` was not called, the like happens in `next`, for step k.
         waits = [behind["compute"] for behind in FakeEvent.waited[n_waits:]]
-        assert waits == ([k] if called else [k - 1] * (k > 0))
+        assert waits == ([k] if n_calls else [k - 1] * (k > 0))
 
 
 def make_gpu_config(num_workers: int) -> Config:
@@ -251,8 +251,9 @@ def test_copies_overlap_with_a_busy_device_and_arrive_intact(num_workers: int):
             seen = [(images.clone(), masks) for images, masks in step]
             del step  # Its memory must not be written to before the clones are made.
             computed = torch.cuda.current_stream(device).record_event()
-            batches.prefetch()
-            batches._ahead.copied.synchronize()
+            for _ in range(4):
+                batches.prefetch()
+            batches._copy_stream.synchronize()
             assert k < 2 or not computed.query()  # The first steps draw the scenes, which takes long.
             assert_holds(seen, expected[4 * k : 4 * k + 4])
 
@@ -268,6 +269,7 @@ def test_memory_of_two_steps():
             step = next(batches)
             keep_busy()
             del step
-            batches.prefetch()
+            for _ in range(4):
+                batches.prefetch()
         peak = torch.cuda.memory_stats(device)["active_bytes.all.peak"] - before
     assert peak < 2.5 * 64 * 3 * 224**2

@@ -118,10 +118,10 @@ def test_a_signal_checkpoints_and_exits_and_the_run_resumes_bit_for_bit(
 
     original = Trainer.step
 
-    def step_with_signal(self, batches, step):
+    def step_with_signal(self, batches, step, *launched):
         if step == 1:
             os.kill(os.getpid(), signum)
-        return original(self, batches, step)
+        return original(self, batches, step, *launched)
 
     with monkeypatch.context() as patched:
         patched.setattr(Trainer, "step", step_with_signal)
@@ -200,10 +200,10 @@ def test_losses_that_stay_nan_stop_the_run_and_leave_a_good_checkpoint(
 ) -> None:
     original = Trainer.step
 
-    def poisoned(self, batches, step):
+    def poisoned(self, batches, step, *launched):
         if step >= 4:
             batches = [(images * float("nan"), masks) for images, masks in batches]
-        return original(self, batches, step)
+        return original(self, batches, step, *launched)
 
     monkeypatch.setattr(Trainer, "step", poisoned)
     status = main([*arguments, "--optim.steps", "20", "--run.max_nan_steps", "4", "--run.checkpoint_every", "3"])
@@ -451,7 +451,6 @@ def test_a_step_does_not_wait_for_the_gpu(tmp_path) -> None:
             micro_batches = next(batches)
             torch.cuda.set_sync_debug_mode("error" if step == 4 else "default")  # Once everything is compiled.
             try:
-                trainer.step(micro_batches, step)
-                batches.prefetch()
+                trainer.step(micro_batches, step, batches.prefetch)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
