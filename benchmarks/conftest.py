@@ -163,7 +163,8 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
-    """How many times our time, and our peak memory, each peer takes."""
+    """How many times our time, and our peak memory, each peer takes; times as in the report."""
+    statistic = "median" if shapes.GPU else "min"
     groups = defaultdict(dict)
     for entry in config._benchmarksession.benchmarks:
         groups[entry.group][entry.extra_info.get("implementation")] = entry
@@ -172,7 +173,8 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
         ours = entries.pop(OURS, None)
         for name, entry in entries.items() if ours else ():
             memory, our_memory = (x.extra_info["peak_memory_bytes"] for x in (entry, ours))
-            line = f"{group}: {name} takes {entry.stats.median / ours.stats.median:.2f} times our time"
+            time, our_time = (getattr(x.stats, statistic) for x in (entry, ours))
+            line = f"{group}: {name} takes {time / our_time:.2f} times our time"
             lines.append(f"{line}, {memory / our_memory:.2f} times our peak memory" if memory and our_memory else line)
     if lines:
         terminalreporter.section("ours and peers")

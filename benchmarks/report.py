@@ -32,7 +32,7 @@ class Results:
     runs: list[dict]
     """The raw files, oldest first."""
     rows: dict[Row, dict[str, dict]]
-    """By row and implementation: `extra_info`, with the median as `seconds`."""
+    """By row and implementation: `extra_info`, with the median, of a CPU the fastest round, as `seconds`."""
     absent: list[dict]
 
     @property
@@ -62,7 +62,12 @@ def read(name: str, folder: Path = RESULTS) -> Results:
         for benchmark in run["benchmarks"]:
             entry = benchmark["extra_info"]
             row, implementation = _row(entry), entry["implementation"]
-            rows[row][implementation] = {**entry, "seconds": benchmark["stats"]["median"]}
+            stats = benchmark["stats"]
+            # Others may use a CPU too: the least disturbed round says most of it.
+            seconds = stats["median" if run["machine_info"]["gpu"] else "min"]
+            if "images_per_second" in entry:
+                entry["images_per_second"] *= stats["median"] / seconds
+            rows[row][implementation] = {**entry, "seconds": seconds}
             absent.pop((row, implementation), None)
     return Results(name, runs, dict(rows), list(absent.values()))
 
@@ -80,9 +85,13 @@ def duration(seconds: float) -> str:
     """With three significant digits."""
     for unit, scale in (("s", 1), ("ms", 1e-3), ("us", 1e-6)):
         if seconds >= scale or unit == "us":
-            value = seconds / scale
-            return f"{value:.{max(0, 2 - len(str(int(value))) + 1)}f} {unit}"
+            return f"{_digits(seconds / scale)} {unit}"
     raise AssertionError
+
+
+def _digits(value: float) -> str:
+    """Three significant digits, more before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}".rstrip(".")
 
 
 def _memory(size: int | None) -> str:
@@ -121,9 +130,10 @@ def _rates(entry: dict) -> str:
     """What is known to move and be computed, by the second."""
     rates = []
     if entry["bytes"]:
-        rates.append(f"{entry['bytes'] / entry['seconds'] / 1e9:.0f} GB/s")
+        rates.append(f"{_digits(entry['bytes'] / entry['seconds'] / 1e9)} GB/s")
     if entry["flop"]:
-        rates.append(f"{entry['flop'] / entry['seconds'] / 1e12:.3g} TFLOP/s")
+        tera = entry["flop"] / entry["seconds"] / 1e12
+        rates.append(f"{_digits(tera)} TFLOP/s" if tera >= 1 else f"{_digits(tera * 1e3)} GFLOP/s")
     return ", ".join(rates)
 
 
@@ -131,7 +141,7 @@ def _throughput(entry: dict) -> str:
     if "images_per_second" not in entry:
         return ""
     mfu = f", MFU {entry['mfu']:.1%}" if entry.get("mfu") else ""
-    return f" ({entry['images_per_second']:.0f} images/s{mfu})"
+    return f" ({_digits(entry['images_per_second'])} images/s{mfu})"
 
 
 def markdown(results: Results) -> str:
@@ -154,7 +164,8 @@ def markdown(results: Results) -> str:
             f"matrix product {ceilings['matmul_tflop_per_second']:.0f} TFLOP/s. Floor: what must move and be computed, "
             f"at these ceilings (`benchmarks/costs.py`)."
         )
-    lines.append("- Medians; peak memory beyond what was allocated before the call, of training steps on a GPU in all.")
+    times = "Medians" if machine["gpu"] else "Fastest of at least three rounds that alternate between implementations"
+    lines.append(f"- {times}; peak memory beyond what was there before the call, of training steps on a GPU in all.")
     if ceilings:
         lines += ["", f"![roofline]({results.name}.png)"]
     for op in dict.fromkeys(op for op, _, _ in results.rows):
