@@ -15,7 +15,7 @@ from benchmarks import costs, measure, peers, report
 from benchmarks.attention import AttentionCase
 from benchmarks.heads import HeadCase, enter_sinkhorn, enter_student_loss
 from benchmarks.measure import OURS, Contestant, Measurement, Unavailable, race
-from benchmarks.official_step import OfficialStep, cast_parameters
+from benchmarks.official_step import OfficialStep, cast_parameters, restated_groups, restated_model
 from benchmarks.shapes import Logits
 from benchmarks.train_step import configuration, draw_batch, our_step
 from capi.distributed import World
@@ -157,6 +157,21 @@ def test_the_official_step_is_ours() -> None:
         theirs = official(official.prepare(images), masks, step)
         for our_loss, their_loss in zip(ours, theirs, strict=True):
             torch.testing.assert_close(our_loss.double(), their_loss.double(), rtol=1e-5, atol=0)
+
+
+def test_the_restated_step_groups_parameters_as_ours() -> None:
+    config = configuration("tiny", 6, CPU, torch.float32)
+    model, trainer = restated_model(config), Trainer(config, World(0, 1, CPU))
+
+    def multipliers(student: torch.nn.Module, groups: list[dict], decay: str) -> dict[str, tuple[float, float]]:
+        names = {parameter: name for name, parameter in student.named_parameters()}
+        return {names[x]: (group["lr_multiplier"], group[decay]) for group in groups for x in group["params"]}
+
+    ours = multipliers(trainer.model.student, trainer.optimizers[0].param_groups, "weight_decay")
+    ours = {name: (lr, pytest.approx(decay / config.optim.weight_decay)) for name, (lr, decay) in ours.items()}
+    theirs = multipliers(model["student"], restated_groups(model["student"], config), "wd_multiplier")
+    assert {lr for name, (lr, _) in theirs.items() if "rope" in name} == {0.0}
+    assert {name: x for name, x in theirs.items() if "rope" not in name} == ours
 
 
 def test_cast_parameters_compute_in_another_type_and_keep_their_own() -> None:
