@@ -66,12 +66,34 @@ def usage(kernel, arguments: dict, options: dict, target: int) -> Usage:
     return Usage(int(fields["REG"]), int(fields["STACK"]), compiled.metadata.shared)
 
 
-def row(module: str, index: int, targets: list[int]) -> tuple[str, list[str]]:
+def chosen(modules: list[str], targets: list[int], sample: bool) -> dict[tuple[str, int], list[int]]:
+    """The targets for which to compile each case, (module, index).
+
+    A sample is one of each kernel and type of data: the last for the first target, the median for the others.
+    """
+    cases = {}
+    for module in modules:
+        for target in targets:
+            kinds = {}
+            for index, (name, kernel, _, _, *only) in enumerate(cases_of(module)):
+                if not only or target in only[0]:
+                    kinds.setdefault((kernel, name.split()[0]) if sample else index, []).append(index)
+            for indices in kinds.values():
+                index = indices[-1 if target == targets[0] else (len(indices) - 1) // 2]
+                cases.setdefault((module, index), []).append(target)
+    return {case: cases[case] for case in sorted(cases, key=lambda case: (modules.index(case[0]), case[1]))}
+
+
+def cases_of(module: str) -> list[tuple]:
+    return importlib.import_module(f"capi_kernels.{module}").COMPILE_CASES
+
+
+def row(module: str, index: int, wanted: list[int], targets: list[int]) -> tuple[str, list[str]]:
     """A line of the table, and the spills in it."""
-    name, kernel, arguments, options, *only = importlib.import_module(f"capi_kernels.{module}").COMPILE_CASES[index]
+    name, kernel, arguments, options, *_ = cases_of(module)[index]
     cells, spills = [], []
     for target in targets:
-        if only and target not in only[0]:
+        if target not in wanted:
             cells.append("")
             continue
         used = usage(kernel, arguments, options, target)
@@ -86,7 +108,7 @@ def main() -> None:
     parser.add_argument("targets", nargs="*", type=int, default=TARGETS, metavar="CAPABILITY")
     parser.add_argument("--check", action="store_true", help="write no report")
     parser.add_argument("--modules", nargs="+", default=MODULES, help="files of capi_kernels")
-    parser.add_argument("--every", type=int, default=1, help="take every Nth configuration of a file")
+    parser.add_argument("--sample", action="store_true", help="one configuration of each kernel and type of data")
     arguments = parser.parse_args()
 
     lines = [
@@ -100,11 +122,8 @@ def main() -> None:
     ]
     spills = []
     with ProcessPoolExecutor() as pool:
-        rows = [
-            pool.submit(row, module, index, arguments.targets)
-            for module in arguments.modules
-            for index in range(0, len(importlib.import_module(f"capi_kernels.{module}").COMPILE_CASES), arguments.every)
-        ]
+        cases = chosen(arguments.modules, arguments.targets, arguments.sample)
+        rows = [pool.submit(row, *case, wanted, arguments.targets) for case, wanted in cases.items()]
         for future in rows:
             line, spilled = future.result()
             lines.append(line)

@@ -20,6 +20,7 @@ LOG2_E = 1.4426950408889634
 RESIDENT_KEYS = 128  # The longest context that one tile of keys holds.
 ENOUGH_PROGRAMS = 1024  # To keep a GPU busy; beyond, a program takes several heads.
 HEAD_DIMS = (16, 32, 64, 80, 96, 128)  # What is compiled offline; any up to 128 runs.
+TARGETS = (80, 90, 100)  # Likewise: compute capabilities times ten.
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 INDEX_BLOCK = tl.constexpr(1024)
 
@@ -122,6 +123,8 @@ def operands(
         raise TypeError(f"on a GPU q must be torch.float16, torch.bfloat16 or torch.float32, got {q.dtype}")
     if q.shape[2] > HEAD_DIMS[-1]:
         raise ValueError(f"on a GPU head_dim must be at most {HEAD_DIMS[-1]}, got {q.shape[2]}")
+    # An index in int64 would ask for kernels of its own.
+    kv_index = kv_index if kv_index is None else kv_index.int()
     others = (q_cos, q_sin, k_cos, k_sin, cu_seqlens_q, cu_seqlens_k, kv_index)
     others = (x if x is None else x.contiguous() for x in others)
     return Operands(*map(as_operand, (q, k, v)), *others, max_seqlen_q, max_seqlen_k, scale)

@@ -5,8 +5,12 @@
 
 Kernels that read keys again and again find them rotated in advance: a rotation in the loop would read 4 bytes of tables
 for each of k. Never written to memory: S, P and their gradients. Every sum has one order, so results repeat bit by bit.
+
+Tensors in float32 come here whatever their lengths: a whole tile of their keys takes too many registers, and products
+without the matrix unit take longer than the reads that it would save.
 """
 
+from itertools import product
 from typing import no_type_check
 
 import torch
@@ -16,9 +20,12 @@ from torch import Tensor
 
 from capi_kernels._attention_triton import (
     HEAD_DIMS,
+    TARGETS,
     Config,
     Operands,
+    capability,
     compile_case,
+    compile_cases,
     count_readers,
     load_stats,
     new_output,
@@ -105,6 +112,8 @@ def tiled_forward_kernel(
     inverse_l = 1 / tl.where(l > 0, l, 1.0)  # The context may be empty.
     o = o * inverse_l[:, None]
     store_channels(out_ptr + head * out_stride_head, o, tile, mask_q, out_stride_token, 0, HEAD_DIM, BLOCK_D)
+    # Of an empty context m must be finite, for -inf - m to stay -inf in the backward.
+    m = tl.maximum(m, -1e30)
     store_stats(stats_ptr + head * queries, m, inverse_l, tile, mask_q, tl.cast(queries, tl.int64) * heads)
 
 
@@ -168,9 +177,15 @@ def tiled_dq_kernel(
     do = load_channels(do_ptr + head * do_stride_head, tile, mask_q, do_stride_token, 0, HEAD_DIM, BLOCK_D)
     m, inverse_l = load_stats(stats_ptr + head * queries, tile, mask_q, tl.cast(queries, tl.int64) * heads)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
-    tl.store(delta_ptr + head * queries + tile + tl.arange(0, BLOCK_Q), delta, mask=mask_q)
     dq1 = tl.zeros([BLOCK_Q, BLOCK_HALF], tl.float32)
     dq2 = tl.zeros([BLOCK_Q, BLOCK_HALF], tl.float32)
+    # In float32 the rounding of o would show where few keys hold the weight, and rowsum(P dP) has none of it. What
+    # rowsum(o do) lacks is found on the way and added in the end, dq - (rowsum(P dP) - rowsum(o do)) P K.
+    EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
+    if EXACT:
+        rest = tl.zeros([BLOCK_Q], tl.float32)
+        pk1 = tl.zeros([BLOCK_Q, BLOCK_HALF], tl.float32)
+        pk2 = tl.zeros([BLOCK_Q, BLOCK_HALF], tl.float32)
     for key in range(k_start, k_end, BLOCK_K):
         mask_k = tl.arange(0, BLOCK_K) < k_end - key
         k1 = load_channels(k_ptr, key, mask_k, k_stride_token, 0, HALF, BLOCK_HALF)
@@ -184,6 +199,15 @@ def tiled_dq_kernel(
         ds = (p * (dp - delta[:, None])).to(k1.dtype)
         dq1 = tl.dot(ds, k1, dq1, input_precision="ieee")
         dq2 = tl.dot(ds, k2, dq2, input_precision="ieee")
+        if EXACT:
+            rest += tl.sum(ds, 1)
+            pk1 = tl.dot(p, k1, pk1, input_precision="ieee")
+            pk2 = tl.dot(p, k2, pk2, input_precision="ieee")
+    if EXACT:
+        dq1 -= rest[:, None] * pk1
+        dq2 -= rest[:, None] * pk2
+        delta += rest
+    tl.store(delta_ptr + head * queries + tile + tl.arange(0, BLOCK_Q), delta, mask=mask_q)
     dq_ptr += head * dq_stride_head
     store_unrotated(
         dq_ptr, dq1 * scale, dq2 * scale, q_cos_ptr, q_sin_ptr, tile, mask_q, dq_stride_token, HEAD_DIM, BLOCK_HALF
@@ -295,16 +319,21 @@ def dq_config(dtype: torch.dtype, head_dim: int) -> Config:
     return Config(64, 32 if wide else 64, 4, num_stages=2)
 
 
-def dkdv_config(dtype: torch.dtype, head_dim: int) -> Config:
+def dkdv_config(dtype: torch.dtype, head_dim: int, capability: int) -> Config:
     wide = head_dim > 64
     if dtype == torch.float32:
-        return Config(32, 16, 8 if wide else 4, max_registers=128)
-    return Config(16, 64, 8, num_stages=2) if wide else Config(32, 64, 4, num_stages=2)
+        return Config(32, 16, 8 if wide else 4, max_registers=168 if wide else 128)
+    if wide:
+        return Config(16, 64, 8, num_stages=2)
+    # A limit of 255 keeps the assembler from a lower one of its own, which would spill.
+    if head_dim <= 32:
+        return Config(32, 64, 4, max_registers=255, num_stages=2)
+    return Config(32, 64, 4 if capability == 90 else 8, num_stages=2)
 
 
-def tiled_forward(x: Operands, config: Config | None = None) -> tuple[Tensor, Tensor]:
+def tiled_forward(x: Operands) -> tuple[Tensor, Tensor]:
     out, stats = new_output(x)
-    config = config or forward_config(x.q.dtype, x.head_dim, x.max_seqlen_q)
+    config = forward_config(x.q.dtype, x.head_dim, x.max_seqlen_q)
     x = x._replace(k=rotated(x.k, x.k_cos, x.k_sin))
     tiles = triton.cdiv(x.max_seqlen_q, config.block_q)
     tiled_forward_kernel[(tiles * x.heads * x.groups,)](
@@ -317,18 +346,10 @@ def tiled_forward(x: Operands, config: Config | None = None) -> tuple[Tensor, Te
     return out, stats
 
 
-def tiled_backward(
-    x: Operands,
-    do: Tensor,
-    out: Tensor,
-    stats: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    configs: tuple[Config, Config] | None = None,
-) -> None:
+def tiled_backward(x: Operands, do: Tensor, out: Tensor, stats: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
     """Write dq, dk and dv, whatever their strides."""
-    for_dq, for_dkdv = configs or (dq_config(x.q.dtype, x.head_dim), dkdv_config(x.q.dtype, x.head_dim))
+    for_dq = dq_config(x.q.dtype, x.head_dim)
+    for_dkdv = dkdv_config(x.q.dtype, x.head_dim, capability(x.q.device))
     delta = torch.empty_like(stats[0])
     x = x._replace(q=rotated(x.q, x.q_cos, x.q_sin), k=rotated(x.k, x.k_cos, x.k_sin))
     tiles = triton.cdiv(x.max_seqlen_q, for_dq.block_q)
@@ -351,18 +372,15 @@ def tiled_backward(
 
 def _compile_cases() -> list:
     cases = []
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for head_dim in HEAD_DIMS:
-            cases.append(compile_case(rotate_kernel, dtype, head_dim, Config(ROTATE_TOKENS, 1, 4)))
-            queries = (32,) if dtype == torch.float32 else (16, 320, 4096)
-            forward = {forward_config(dtype, head_dim, n): n for n in queries}
-            for kernel, configs in (
-                (tiled_forward_kernel, forward),
-                (tiled_dq_kernel, (dq_config(dtype, head_dim),)),
-                (tiled_dkdv_kernel, (dkdv_config(dtype, head_dim),)),
-            ):
-                for config in configs:
-                    cases += [compile_case(kernel, dtype, head_dim, config, indexed) for indexed in (False, True)]
+    for dtype, head_dim in product((torch.bfloat16, torch.float16, torch.float32), HEAD_DIMS):
+        cases.append(compile_case(rotate_kernel, dtype, head_dim, Config(ROTATE_TOKENS, 1, 4)))
+        for indexed in (False, True):
+            for queries in (16, 320, 4096)[: 1 if dtype == torch.float32 else None]:
+                config = forward_config(dtype, head_dim, queries)
+                cases.append(compile_case(tiled_forward_kernel, dtype, head_dim, config, indexed))
+            cases.append(compile_case(tiled_dq_kernel, dtype, head_dim, dq_config(dtype, head_dim), indexed))
+            configs = {target: dkdv_config(dtype, head_dim, target) for target in TARGETS}
+            cases += compile_cases(tiled_dkdv_kernel, dtype, head_dim, configs, indexed)
     return cases
 
 

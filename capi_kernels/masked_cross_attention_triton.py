@@ -2,8 +2,8 @@
 
 A few queries over about a hundred keys: keys fill the long side of the matrix instructions (S^T = K Q^T), queries are
 padded to 16 and not to a tile of 64 or 128. Up to 128 keys a program holds them all, forward and backward, and writes
-neither scores nor weights nor rotated q and k; longer contexts pass in tiles (`_tiled_attention_triton`). In the
-backward one program owns the keys of a context and meets the groups that read it in order: no atomics, one result.
+neither scores nor weights nor rotated q and k; longer contexts, and float32, pass in tiles (`_tiled_attention_triton`).
+In the backward one program owns the keys of a context and meets the groups that read it in order: no atomics.
 """
 
 from itertools import product
@@ -17,12 +17,12 @@ from torch import Tensor
 from capi_kernels._attention_triton import (
     HEAD_DIMS,
     RESIDENT_KEYS,
+    TARGETS,
     Config,
     Operands,
     as_operand,
     backward_config,
     capability,
-    compile_case,
     compile_cases,
     heads_per_program,
     new_output,
@@ -102,13 +102,22 @@ def keys_first_forward_kernel(
             store_stats(stats_ptr + head * queries, m, inverse_l, tile, mask_q, tl.cast(queries, tl.int64) * heads)
 
 
-def forward_config(dtype: torch.dtype, head_dim: int, max_seqlen_q: int, max_seqlen_k: int) -> Config | None:
-    """None where a context does not fit one tile: too many tokens, or float32."""
-    if dtype == torch.float32 or max_seqlen_k > RESIDENT_KEYS:
+def forward_config(
+    dtype: torch.dtype, head_dim: int, max_seqlen_q: int, max_seqlen_k: int, capability: int
+) -> Config | None:
+    """None where a context does not fit one tile: too many tokens, float32, or wide heads on the newest GPUs."""
+    wide = head_dim > 64
+    if dtype == torch.float32 or max_seqlen_k > RESIDENT_KEYS or (wide and capability >= 100):
         return None
-    block_q, block_k = 16 if max_seqlen_q <= 16 else 32, 64 if max_seqlen_k <= 64 else 128
-    narrow = head_dim <= 32 and (block_q, block_k) == (32, 64)
-    return Config(block_q, block_k, 4 if head_dim <= 64 else 8, max_registers=128 if narrow else None)
+    block_q = 16 if max_seqlen_q <= 16 else 32
+    if max_seqlen_k <= 64:
+        return Config(block_q, 64, 8 if wide else 4, max_registers=128 if head_dim <= 32 else None)
+    if wide:
+        return Config(block_q, 128, 8)
+    # Two programs share a processor: one loads while the other computes. 128 registers a thread let twice the threads
+    # do so, but an H100 would spill with few queries.
+    few = block_q == 16 and capability == 90
+    return Config(block_q, 128, 4 if few else 8, max_registers=None if few else 128)
 
 
 def keys_first_forward(x: Operands, config: Config) -> tuple[Tensor, Tensor]:
@@ -142,7 +151,7 @@ def masked_cross_attention_forward(
     """o [queries, heads, head_dim] and what the backward needs, [2, heads, queries]."""
     tables = (q_cos, q_sin, k_cos, k_sin)
     x = operands(q, k, v, *tables, cu_seqlens_q, cu_seqlens_k, kv_index, max_seqlen_q, max_seqlen_k, scale)
-    config = forward_config(q.dtype, x.head_dim, max_seqlen_q, max_seqlen_k)
+    config = forward_config(q.dtype, x.head_dim, max_seqlen_q, max_seqlen_k, capability(q.device))
     return tiled_forward(x) if config is None else keys_first_forward(x, config)
 
 
@@ -184,9 +193,9 @@ def _compile_cases() -> list:
         (torch.bfloat16, torch.float16), HEAD_DIMS, (64, 128), (False, True)
     ):
         for queries in (16, 128):
-            config = forward_config(dtype, head_dim, queries, context)
-            cases.append(compile_case(keys_first_forward_kernel, dtype, head_dim, config, indexed))
-        configs = {target: backward_config(dtype, head_dim, context, indexed, target) for target in (80, 90, 100)}
+            configs = {target: forward_config(dtype, head_dim, queries, context, target) for target in TARGETS}
+            cases += compile_cases(keys_first_forward_kernel, dtype, head_dim, configs, indexed)
+        configs = {target: backward_config(dtype, head_dim, context, indexed, target) for target in TARGETS}
         cases += compile_cases(resident_backward_kernel, dtype, head_dim, configs, indexed)
     return cases
 

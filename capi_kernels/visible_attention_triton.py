@@ -1,7 +1,7 @@
 """o_i = sum_j softmax_j(rope(q_i) . rope(k_j) scale) v_j over the tokens of one image, and its gradients.
 
-Up to 128 tokens an image a program holds all keys and values of a head, forward and backward; longer images pass in
-tiles (`_tiled_attention_triton`). Never written to memory: scores, weights, and the rotated q and k of short images.
+Up to 128 tokens an image a program holds all keys and values of a head, forward and backward; longer images, and all in
+float32, pass in tiles (`_tiled_attention_triton`). Never written to memory: scores, weights, rotated q and k of others.
 """
 
 from itertools import product
@@ -15,6 +15,7 @@ from torch import Tensor
 from capi_kernels._attention_triton import (
     HEAD_DIMS,
     RESIDENT_KEYS,
+    TARGETS,
     Config,
     Operands,
     as_operand,
@@ -168,8 +169,8 @@ def visible_attention_backward(
 
 def _compile_cases() -> list:
     cases = []
-    for dtype, head_dim, tokens in product((torch.bfloat16, torch.float16), HEAD_DIMS, (64, 128)):
-        configs = {target: forward_config(dtype, head_dim, tokens, target) for target in (80, 90, 100)}
+    for dtype, tokens, head_dim in product((torch.bfloat16, torch.float16), (64, 128), HEAD_DIMS):
+        configs = {target: forward_config(dtype, head_dim, tokens, target) for target in TARGETS}
         cases += compile_cases(resident_forward_kernel, dtype, head_dim, configs)
     return cases
 

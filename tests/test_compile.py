@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -23,13 +24,19 @@ def run_python(*arguments: str | Path, environment: dict[str, str] | None = None
 
 
 def test_no_default_configuration_spills() -> None:
-    """A sample; `python benchmarks/compile_report.py` compiles them all."""
+    """One of each kernel and type of data, twice; `python benchmarks/compile_report.py` compiles them all."""
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(REPORT.parents[1])
-    lines = run_python(REPORT, "--check", "--every", "11", "80", "90", environment=environment).splitlines()
-    kernels = {line.split("|")[1].strip() for line in lines}
-    assert {"column_step_kernel", "row_step_kernel", "head_rows_kernel", "student_rows_kernel"} <= kernels
+    lines = run_python(REPORT, "--check", "--sample", "80", "90", environment=environment).splitlines()
+    compiled = {(kernel.strip(), name.split()[0].rstrip(",")) for _, kernel, name, *_ in (x.split("|") for x in lines)}
+    half, every = ("bf16", "fp16"), ("bf16", "fp16", "fp32")
+    for types, kernels in (
+        (half, ("resident_forward_kernel", "keys_first_forward_kernel", "resident_backward_kernel")),
+        (every, ("rotate_kernel", "tiled_forward_kernel", "tiled_dq_kernel", "tiled_dkdv_kernel")),
+        (every, ("column_step_kernel", "row_step_kernel", "head_rows_kernel", "student_rows_kernel")),
+    ):
+        assert set(product(kernels, types)) <= compiled
 
 
 def operands() -> dict[str, tuple]:

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from numerics import assert_as_accurate, peak_allocation
+from numerics import assert_draws_as_accurate, peak_allocation
 from torch import Tensor
 
 from capi_kernels import Potentials, TargetRows, reference, sinkhorn_potentials, student_loss
@@ -78,15 +78,14 @@ def assert_defined(run_ours, cases: list[tuple[Tensor, Tensor | TargetRows]], te
 
     The losses of all cases are judged together: the definition's own error in a single number can be zero by chance.
     """
-    actual, single, oracle = [], [], []
+    draws = []
     for logits, targets in cases:
         wide = torch.promote_types(logits.dtype, torch.float32)
-        actual.append(run_ours(logits, targets, temperature))
+        actual = run_ours(logits, targets, temperature)
         loss, gradient = run(reference.student_loss, logits.to(wide), widened(targets, wide), temperature)
-        single.append((loss, gradient.to(logits.dtype)))
-        oracle.append(run(reference.student_loss, logits.double(), widened(targets, torch.float64), temperature))
-    for losses_or_gradients in zip(*(zip(*results, strict=True) for results in (actual, single, oracle)), strict=True):
-        assert_as_accurate(*(torch.stack(x) for x in losses_or_gradients))
+        oracle = run(reference.student_loss, logits.double(), widened(targets, torch.float64), temperature)
+        draws.append((actual, (loss, gradient.to(logits.dtype)), oracle))
+    assert_draws_as_accurate(draws)
 
 
 def test_by_hand() -> None:
