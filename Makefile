@@ -1,5 +1,7 @@
 # make train [DATA=folder:PATH] [ARGS="--optim.steps 100 ..."]: install once, train the default on any machine.
 # make test: install once, lint, run the tests.
+# make bench: install once, measure operations, training step and data loading on the machine at hand.
+# make gpu [PART=train_step]: GPU tests, then benchmarks (or those of one name), with what PYTHON has installed.
 PYTHON ?= python3
 DATA ?= synthetic
 ARGS ?=
@@ -8,7 +10,15 @@ VENV := .venv
 WORKERS := $(if $(filter-out synthetic,$(DATA)),$(shell nproc),0)
 RUN := runs/tiny$(if $(filter-out synthetic,$(DATA)),-$(shell printf '%s' '$(DATA)' | tr -c 'A-Za-z0-9' '-'))
 
-.PHONY: train test seeds clean
+# Of benchmarks: the file that a part of them goes to, and the seconds after which no more are begun.
+PART ?=
+BENCH_SECONDS ?= 300
+empty :=
+RAW = benchmarks/results/$$($(1) -c 'from benchmarks.shapes import MACHINE; print(MACHINE)')$(if $(PART),.$(subst $(empty) ,-,$(PART))).json
+BENCH = raw=$(RAW) && $(1) -m pytest $(2) benchmarks --benchmark-only --benchmark-json "$$raw" $(if $(PART),-k '$(PART)') \
+	  && $(1) benchmarks/report.py "$$raw" --readme
+
+.PHONY: train test bench gpu gpu-tests gpu-bench seeds clean
 
 train: $(VENV)/.installed
 	$(VENV)/bin/python -m capi.train --data.source '$(DATA)' --data.num_workers $(WORKERS) --run.output_dir '$(RUN)' $(ARGS)
@@ -17,6 +27,18 @@ test: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/python -m pytest
+
+bench: $(VENV)/.installed
+	$(call BENCH,$(VENV)/bin/python)
+
+gpu: gpu-tests gpu-bench
+
+# Nothing is installed: type checks at run time, which the options of pyproject.toml ask for, are left out.
+gpu-tests:
+	$(PYTHON) -m pytest -o addopts= -q -m gpu tests
+
+gpu-bench:
+	export CAPI_BENCH_SECONDS=$(BENCH_SECONDS) && $(call BENCH,$(PYTHON),-o addopts= -q)
 
 # Three trainings of the default, and their evaluations as a results file.
 seeds: $(VENV)/.installed

@@ -25,7 +25,7 @@ setup(
     ],
     extras_require={
         "data": ["datasets", "braceexpand"],
-        "bench": ["pytest", "pytest-benchmark", "xformers"],
+        "bench": ["pytest", "pytest-benchmark", "torchvision", "xformers"],
         "dev": ["beartype", "pytest", "pytest-benchmark", "ruff"],
     },
 )

@@ -32,6 +32,7 @@ from capi_kernels.reference import SHIFT, Potentials
 # In this file E carries exp(HEADROOM), which keeps it clear of the denormal numbers, slow on a CPU, and c its inverse.
 HEADROOM = 32.0
 CHUNK_BYTES = 1 << 23  # Exponentials that stay in cache between two passes.
+SUMMED_PROTOTYPES = 1024  # One sum over 16384 would be off by more than all other rounding.
 
 
 def balance(
@@ -64,12 +65,18 @@ def balance(
             E, row = block[:2]
             row.mul_(scale)
             # A row without any mass gains 1 / eps each time; inf would turn its zeros to NaN.
-            row.div_((row * torch.bmm(column, E.mT).mT).add_(eps)).clamp_(max=row_limit)
+            row.div_((row * _row_sums(E, column)).add_(eps)).clamp_(max=row_limit)
             if iteration < n_iterations - 1:
                 column_sum.baddbmm_(row.mT, E)
             else:
                 E.mul_(column).mul_(row)
                 yield block
+
+
+def _row_sums(E: Tensor, column: Tensor) -> Tensor:
+    """E column^T [p, rows, 1], a few prototypes at a time."""
+    blocks = zip(*(x.split(SUMMED_PROTOTYPES, dim=-1) for x in (column, E)), strict=True)
+    return sum(torch.bmm(c, e.mT) for c, e in blocks).mT
 
 
 def _exponential_(x: Tensor, temperature: float) -> None:

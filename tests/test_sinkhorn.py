@@ -218,6 +218,12 @@ def test_bad_arguments(op) -> None:
             op(bad_logits, **options)
 
 
+def test_long_rows_sum_to_one() -> None:
+    """Within a few roundings: a soft cross-entropy weighs the error of the sum by the logits."""
+    assignments = sinkhorn_positionwise(draw(2, 8, 16384), temperature=0.06)
+    assert (assignments.double().sum(-1) - 1).abs().max() < 5e-7
+
+
 def test_bad_potentials() -> None:
     logits = draw(2, 3, 4)
     potentials = sinkhorn_potentials(logits)
