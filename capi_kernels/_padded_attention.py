@@ -36,6 +36,11 @@ def layout_of(cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> Layout:
     return Layout(groups, max_seqlen, place, torch.arange(max_seqlen, device=cu_seqlens.device) < lengths.unsqueeze(1))
 
 
+def shape_of(x: Tensor) -> Tensor:
+    """A tensor of the shape and type of x that takes no memory, for an operation that reads no more of it."""
+    return x.new_empty(()).expand(x.shape)
+
+
 def _pad(x: Tensor, layout: Layout) -> Tensor:
     """[tokens, ...] to [groups, length, ...], zeros where there is no token."""
     if layout.place is not None:

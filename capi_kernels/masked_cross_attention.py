@@ -25,6 +25,7 @@ from capi_kernels._padded_attention import (
     padded_attention_backward,
     padded_operands,
     padded_shapes,
+    shape_of,
     unpad,
 )
 
@@ -97,6 +98,8 @@ def _setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
     *tensors, max_seqlen_q, max_seqlen_k, scale = inputs
     ctx.options = max_seqlen_q, max_seqlen_k, scale
     out, *saved = output
+    if out.device.type == "cpu":  # There `saved` holds all that the backward reads.
+        tensors = [x if x is None or x.ndim < 3 else shape_of(x) for x in tensors]
     if isinstance(saved[0], list):  # From the op itself.
         (saved,) = saved
     else:

@@ -25,6 +25,7 @@ from capi_kernels._padded_attention import (
     padded_attention,
     padded_attention_backward,
     padded_shapes,
+    shape_of,
     unpad,
 )
 
@@ -88,6 +89,8 @@ def _(do, out, saved, q, *_):
 def _setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
     *tensors, ctx.max_seqlen, ctx.scale = inputs
     out, *saved = output
+    if out.device.type == "cpu":  # There `saved` holds all that the backward reads.
+        tensors = [x if x is None or x.ndim < 3 else shape_of(x) for x in tensors]
     if isinstance(saved[0], list):  # From the op itself.
         (saved,) = saved
     else:

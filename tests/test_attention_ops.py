@@ -374,3 +374,18 @@ def test_compiles_whole_and_once_for_all_token_counts() -> None:
     assert run.stdout.splitlines() == [
         f"{name} [1, 2, 2, 2]" for name in ("layer", "packed", "weights", "under_autocast", "op_under_autocast")
     ]
+
+
+def test_a_cpu_keeps_no_second_copy_for_the_backward() -> None:
+    """What the op saves, and the output: not the projection as well."""
+    qkv = torch.randn(64, 3, 4, 32, requires_grad=True)
+    cu_seqlens = cumulative([16] * 4)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        out = visible_attention_qkvpacked(qkv, None, None, cu_seqlens, 16)
+        visible_attention(*qkv.unbind(1), None, None, cu_seqlens, 16)
+        masked_cross_attention_kvpacked(qkv[:, 0], qkv[:, 1:], *[None] * 4, cu_seqlens, cu_seqlens, 16, 16)
+    operands = {qkv.untyped_storage().data_ptr()}
+    assert len(kept) > 9
+    assert all(x.untyped_storage().data_ptr() not in operands for x in kept)
+    assert out.shape == (64, 4, 32)
