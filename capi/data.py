@@ -92,7 +92,10 @@ def crop(data: Encoded, size: int, choose_box: Callable[[int, int], Box]) -> UIn
     """
     if isinstance(data, Exception):
         raise data
-    image = Image.fromarray(data) if isinstance(data, ndarray) else Image.open(io.BytesIO(data))
+    if isinstance(data, ndarray):
+        left, top, width, height = choose_box(data.shape[1], data.shape[0])
+        return _resized(data[top : top + height, left : left + width].copy(), size).numpy()
+    image = Image.open(io.BytesIO(data))
     reducible = image.format in ("JPEG", "MPO")
     if not reducible:
         image.load()  # Only then has a TIFF its upright size.
@@ -105,12 +108,15 @@ def crop(data: Encoded, size: int, choose_box: Callable[[int, int], Box]) -> UIn
             reduction *= 2
         image.draft(None, (image.width // reduction, image.height // reduction))
     box = [round(edge / reduction) for edge in (left, top, left + width, top + height)]
-    pixels = torch.from_numpy(np.array(_to_rgb(image.crop(box))))
-    # A fraction of the time that Pillow's own resize takes.
-    planes = interpolate(pixels.permute(2, 0, 1)[None], (size, size), mode="bicubic", antialias=True)[0]
-    resized = planes.permute(1, 2, 0)
+    resized = _resized(np.array(_to_rgb(image.crop(box))), size)
     swap, reverse = _UPRIGHT.get(_orientation(image), (False, ()))
     return (resized.transpose(0, 1) if swap else resized).flip(reverse).numpy()
+
+
+def _resized(pixels: UInt8[ndarray, "height width 3"], size: int) -> UInt8[Tensor, "size size 3"]:
+    """In a fraction of the time that Pillow's own resize takes."""
+    planes = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    return interpolate(planes, (size, size), mode="bicubic", antialias=True)[0].permute(1, 2, 0)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
