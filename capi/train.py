@@ -256,7 +256,16 @@ def _run_steps(trainer: Trainer, start: int, stream_state: dict | None, run_dir:
             for step in range(start, config.optim.steps):
                 last = step + 1 == config.optim.steps
                 micro_batches = next(batches)
-                result = trainer.step(micro_batches, step, (lambda: None) if last else batches.prefetch)
+                try:
+                    result = trainer.step(micro_batches, step, (lambda: None) if last else batches.prefetch)
+                except Exception as error:
+                    if stop.signum is None:
+                        raise
+                    # A Ctrl-C also ends the processes that compile for us.
+                    bar.close()
+                    name = signal.Signals(stop.signum).name
+                    logger.warning("stopped by %s within step %d, which is lost (%s)", name, step, type(error).__name__)
+                    return stop.signum
                 positions = torch.cat([masks.predict_indices for _, masks in micro_batches]) % n_tokens
                 statistics.update(positions, result.clusters)
                 rates.step_ends()

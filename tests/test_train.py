@@ -136,6 +136,23 @@ def test_a_signal_checkpoints_and_exits_and_the_run_resumes_bit_for_bit(
     assert [[line[key] for key in exact] for line in resumed] == [[line[key] for key in exact] for line in once]
 
 
+def test_a_step_that_fails_of_a_signal_ends_the_run_without_a_traceback(arguments, caplog, monkeypatch) -> None:
+    """As when Ctrl-C ends a compiler's process; what fails without a signal still raises."""
+
+    def fail(self, *_) -> None:
+        if interrupted:
+            os.kill(os.getpid(), signal.SIGINT)
+        raise RuntimeError("a compiler's process was ended")
+
+    monkeypatch.setattr(Trainer, "step", fail)
+    interrupted = True
+    assert main(arguments) == 128 + signal.SIGINT
+    assert "stopped by SIGINT within step 0, which is lost (RuntimeError)" in caplog.text
+    interrupted = False
+    with pytest.raises(RuntimeError, match="a compiler's process"):
+        main(arguments)
+
+
 def test_the_command_line_stops_on_sigterm_and_goes_on(arguments, tmp_path) -> None:
     command = [sys.executable, "-m", "capi.train", *arguments, "--optim.steps", "100000"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
