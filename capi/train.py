@@ -100,8 +100,8 @@ class Trainer:
         clustering_optimizer.zero_grad()
 
         with cast_weights(self.model.student_ema, self.compute_dtype):
-            features = [self.model.teacher_features(images) for images, _ in batches]
-        clustering_loss, potentials = head(features[0] if len(features) == 1 else torch.cat(features))
+            features = self._teacher_features([images for images, _ in batches])
+        clustering_loss, potentials = head(features)
         clustering_loss.backward()
         average_gradients(head.parameters())
 
@@ -112,7 +112,8 @@ class Trainer:
         with cast_weights(self.model.student, self.compute_dtype):
             for i, (images, masks) in enumerate(batches):
                 with torch.no_grad():
-                    targets = head.targets(features[i], potentials, masks.predict_indices, first_image)
+                    here = features[first_image : first_image + len(images)]
+                    targets = head.targets(here, potentials, masks.predict_indices, first_image)
                     entropy, most_likely = self.statistics(targets)
                     first_image += len(images)
                 with self._gradients_are_averaged(i == len(batches) - 1):
@@ -156,6 +157,20 @@ class Trainer:
         student, clustering = self.optimizers
         student.load_state_dict(state["student_optimizer"])
         clustering.load_state_dict(state["clustering_optimizer"])
+
+    def _teacher_features(
+        self, images: Sequence[Shaped[Tensor, "_ 3 height width"]]
+    ) -> Float[Tensor, "images positions dim"]:
+        """Of all micro-batches, each written to its place: of the paper's batch they are gigabytes."""
+        if len(images) == 1:
+            return self.model.teacher_features(images[0])
+        features, start = None, 0
+        for part in map(self.model.teacher_features, images):
+            if features is None:
+                features = part.new_empty((sum(map(len, images)), *part.shape[1:]))
+            features[start : start + len(part)] = part
+            start += len(part)
+        return features
 
     @property
     def _ragged(self) -> bool:

@@ -349,6 +349,17 @@ def test_micro_batches_make_the_step_of_the_whole_batch(positionwise, micro_batc
                 torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
 
 
+def test_micro_batches_take_less_memory(tmp_path) -> None:
+    config = load_tiniest(tmp_path, "--model.encoder_depth", "6", "--optim.batch_size", "64")
+    peaks = []
+    for size in (64, 8):
+        trainer = Trainer(config, World(0, 1, torch.device("cpu")))
+        batches = [batch_of(config, range(i, i + size)) for i in range(0, 64, size)]
+        trainer.step(batches, 2)  # The optimisers' states are there from then on.
+        peaks.append(peak_allocation(lambda trainer=trainer, batches=batches: trainer.step(batches, 3)))
+    assert peaks[1] < 0.4 * peaks[0]
+
+
 def test_a_batch_balanced_in_parts_would_be_another_step(tmp_path) -> None:
     """What the test above would miss if its batches were too easy: Sinkhorn of each micro-batch alone."""
     config = load_tiniest(tmp_path, "--model.drop_path_rate", "0")
