@@ -371,10 +371,11 @@ def clustering_head(
         the same columns).
 
     Raises:
-        TypeError: features, weight or bias that are not floating point, rows that are not int32 or int64.
+        TypeError: features, weight or bias that are not floating point, rows that are not int32 or int64, or
+            float64 on a GPU.
         ValueError: other shapes or devices, an empty axis, rows out of range (looked at on a CPU, uncompiled),
             temperatures that are not positive and finite, n_iterations or position_chunk < 1, a negative or non-finite
-            eps.
+            eps, on a GPU more than 1 048 576 prototypes.
     """
     check_tensor("features", features, "positions images dim")
     positions, images, dim = features.shape

@@ -221,11 +221,11 @@ def masked_cross_attention(
         gradients to q, k and v (zero in contexts that nobody reads).
 
     Raises:
-        TypeError: another dtype.
+        TypeError: another dtype, or float64 on a GPU.
         ValueError: other shapes or devices, an odd head_dim under a rotary embedding, a maximum that is too small, a
             scale that is not positive and finite, groups and contexts that differ in number without kv_index,
             cu_seqlens that do not start at 0, decrease, or do not end at the token count, kv_index out of range (values
-            are looked at on a CPU only).
+            are looked at on a CPU only), on a GPU a head_dim above 128.
     """
     q, k, v = cast_inputs(q, k, v)
     check_heads("q", q, "queries")

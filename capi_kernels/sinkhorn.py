@@ -306,9 +306,9 @@ def sinkhorn_positionwise(
         Assignments [..., images, prototypes] in the dtype of the logits; every row sums to 1.
 
     Raises:
-        TypeError: logits that are not floating point, or a process_group that is none.
+        TypeError: logits that are not floating point, a process_group that is none, or float64 on a GPU.
         ValueError: fewer than two axes, no image or prototype, n_iterations < 1, a negative or non-finite eps, a
-            temperature that is not positive and finite.
+            temperature that is not positive and finite, on a GPU more than 1 048 576 prototypes.
     """
     _check(logits, n_iterations, eps, temperature)
     process_group = group_name(resolve_group(process_group))

@@ -120,9 +120,9 @@ def student_loss(logits: Tensor, targets: Tensor | TargetRows, temperature: floa
         The loss in float32 (float64 for float64), with a gradient to the logits alone.
 
     Raises:
-        TypeError: another dtype.
+        TypeError: another dtype, or float64 on a GPU.
         ValueError: other shapes or devices, no prediction, rows out of range (looked at on a CPU, uncompiled),
-            temperatures that are not positive and finite.
+            temperatures that are not positive and finite, on a GPU more than 1 048 576 prototypes.
     """
     check_tensor("logits", logits, "predicted prototypes")
     predicted, prototypes = logits.shape

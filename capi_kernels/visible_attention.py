@@ -167,10 +167,10 @@ def visible_attention(
         gradients to q, k and v.
 
     Raises:
-        TypeError: another dtype.
+        TypeError: another dtype, or float64 on a GPU.
         ValueError: other shapes or devices, an odd head_dim under a rotary embedding, a max_seqlen that is too small, a
             scale that is not positive and finite, cu_seqlens that do not start at 0, decrease, or do not end at the
-            token count (values are looked at on a CPU only).
+            token count (values are looked at on a CPU only), on a GPU a head_dim above 128.
     """
     q, k, v = cast_inputs(q, k, v)
     check_heads("q", q, "tokens")
