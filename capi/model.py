@@ -145,7 +145,8 @@ class Backbone(nn.Module):
         coords = _grid_coordinates(self._grid(images), images.device)
         coords = coords.index_select(0, masks.predict_indices % coords.shape[0])
         packed = pack(masks.predict_counts, coords)
-        x = self.mask_token.to(context[0].dtype).expand(coords.shape[0], -1)
+        # Written out, for the first block to be compiled as the others are.
+        x = self.mask_token.to(context[0].dtype).expand(coords.shape[0], -1).contiguous()
         return self.dec_norm(self.decoder(x, packed, masks.predict_counts, *context, drop_path))
 
     def forward(
@@ -287,6 +288,8 @@ class Student(nn.Module):
 
     def compile_pointwise(self) -> None:
         """Have torch.compile fuse what lies between the matrix products and the attention; state-dict keys stay."""
+        # Encoder and predictor, with and without gradients, of one size and of any: by default eight would be too many.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
         backbone = self.backbone
         for part in (*backbone.encoder.blocks, *backbone.decoder.blocks, backbone.patch_embed, self.head):
             part.forward = torch.compile(part.forward, fullgraph=True)

@@ -36,11 +36,6 @@ class Packed(NamedTuple):
     coords: Float[Tensor, "tokens 2"]
     max_seqlen: int
 
-    @property
-    def is_full(self) -> bool:
-        """Whether every image has `max_seqlen` tokens."""
-        return self.coords.shape[0] == (self.cu_seqlens.shape[0] - 1) * self.max_seqlen
-
 
 def pack(counts: Sequence[int], coords: Float[Tensor, "tokens 2"]) -> Packed:
     """The images' numbers of tokens, which the host knows, and all their coordinates."""
@@ -162,6 +157,8 @@ def cast_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     try:
         for layer in layers:
             layer._cast = layer.cast(dtype)
+            for weight in layer._cast:  # As parameters are: else the compiler would take their sizes for varying ones.
+                torch._dynamo.mark_static(weight)
         yield
     finally:
         for layer in layers:
@@ -225,6 +222,7 @@ class CrossAttention(Attention):
         packed: Packed,
         context: Float[Tensor, "context dim"],
         context_packed: Packed,
+        values_last: bool,
     ) -> Float[Tensor, "queries dim"]:
         q_weight, kv_weight, proj_weight = self.weights()
         q = F.linear(x, q_weight).unflatten(-1, (self.num_heads, -1))
@@ -236,7 +234,7 @@ class CrossAttention(Attention):
             packed.max_seqlen,
             context_packed.max_seqlen,
         )
-        if _values_come_last(packed, context_packed, self.num_heads, x.shape[1]):
+        if values_last:
             k_weight, v_weight = kv_weight.chunk(2)
             k = F.linear(context, k_weight).unflatten(-1, (self.num_heads, -1))
             weights = cross_attention_weights(q, k, *where)  # [images, heads, queries, keys]
@@ -250,15 +248,15 @@ class CrossAttention(Attention):
         return F.linear(out.flatten(1), proj_weight)
 
 
-def _values_come_last(packed: Packed, context: Packed, heads: int, dim: int) -> bool:
+def _values_come_last(counts: Sequence[int], context_counts: Sequence[int], heads: int, dim: int) -> bool:
     """Whether to project the weighted sums of the context rather than the context: P (X W^T) = (P X) W^T.
 
     Values carry no rotary embedding, so both are the same; with few queries the second takes fewer FLOP. It needs as
     many tokens of every image, for P X to be a plain batched product.
     """
-    queries, keys = packed.max_seqlen, context.max_seqlen
-    full = packed.is_full and context.is_full
-    return full and queries * (heads * keys + dim) < keys * (queries + dim)
+    queries, keys = counts[0], context_counts[0]
+    equal = len(set(counts)) == len(set(context_counts)) == 1
+    return equal and queries * (heads * keys + dim) < keys * (queries + dim)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -292,7 +290,7 @@ class Residual(nn.Module):
         self.fn = fn
 
     def forward(
-        self, x: Float[Tensor, "tokens dim"], subset: Subset | None, *arguments: Tensor | Packed
+        self, x: Float[Tensor, "tokens dim"], subset: Subset | None, *arguments: Tensor | Packed | bool
     ) -> Float[Tensor, "tokens dim"]:
         if subset is None:
             return x + self.fn(self.norm(x), *arguments)
@@ -323,12 +321,13 @@ class Block(nn.Module):
         attention_subset: Subset | None = None,
         context_subset: Subset | None = None,
         mlp_subset: Subset | None = None,
+        values_last: bool = False,
     ) -> Float[Tensor, "tokens dim"]:
         arguments = (_restricted(packed, attention_subset),)
         if context is not None:
             if context_subset is not None:
                 context = _TakeRows.apply(context, context_subset.tokens, context_subset.place)
-            arguments += (context, _restricted(context_packed, context_subset))
+            arguments += (context, _restricted(context_packed, context_subset), values_last)
         x = self.residual1(x, attention_subset, *arguments)
         return self.residual2(x, mlp_subset)
 
@@ -356,8 +355,11 @@ class Transformer(nn.Module):
             attention, mlp = subsets(drawn[:depth], counts, x.device), subsets(drawn[depth:], counts, x.device)
             if context is not None:
                 of_context = subsets(drawn[:depth], context_counts, x.device)
+        # Chosen here, on the host: in a compiled block it would be another condition to compile for.
+        heads = self.blocks[0].residual1.fn.num_heads
+        values_last = context is not None and _values_come_last(counts, context_counts, heads, x.shape[1])
         for block, *chosen in zip(self.blocks, attention, of_context, mlp, strict=True):
-            arguments = (x, packed, context, context_packed, *chosen)
+            arguments = (x, packed, context, context_packed, *chosen, values_last)
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:

@@ -15,7 +15,7 @@ from capi.model import (
     normalize_images,
     target_entropy,
 )
-from capi.transformer import DropPath, Packed, Residual, cast_weights, pack, subsets
+from capi.transformer import DropPath, Residual, cast_weights, pack, subsets
 from capi_kernels import rotary_tables
 
 SHAPE = ModelConfig(
@@ -174,7 +174,7 @@ def test_every_branch_draws_its_own_images_and_the_context_follows_the_queries()
     branches: list[tuple[int, ...]] = []
 
     def record(block, arguments) -> None:
-        _, packed, context, context_packed, attention, of_context, mlp = arguments
+        _, packed, context, context_packed, attention, of_context, mlp, _ = arguments
         starts = [(attention, packed), (mlp, packed)] + ([] if context is None else [(of_context, context_packed)])
         drawn = [
             tuple((torch.searchsorted(layout.cu_seqlens, subset.tokens, right=True) - 1).unique().tolist())
@@ -202,12 +202,8 @@ def test_drop_path_counts() -> None:
 def test_values_come_last_where_that_takes_fewer_flop(queries, last) -> None:
     """A ViT-L: 16 heads, 1024 channels, 106 keys."""
 
-    def packed(tokens: int, images: int = 3, more: int = 0) -> Packed:
-        cu_seqlens = torch.arange(images + 1, dtype=torch.int32) * tokens
-        return Packed(cu_seqlens, torch.zeros(images * tokens - more, 2), tokens)
-
-    assert transformer._values_come_last(packed(queries), packed(106), 16, 1024) is last
-    for ragged in ((packed(queries, more=1), packed(106)), (packed(queries), packed(106, more=1))):
+    assert transformer._values_come_last((queries,) * 3, (106,) * 3, 16, 1024) is last
+    for ragged in (((queries, queries + 1), (106, 106)), ((queries, queries), (106, 105))):
         assert not transformer._values_come_last(*ragged, 16, 1024)
 
 

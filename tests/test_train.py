@@ -401,22 +401,26 @@ for compile in ("off", "on"):
     trainer = Trainer(config, World(0, 1, torch.device("cpu")))
     results.append([])
     for step in range(6):
-        images = torch.randint(0, 256, (8, 3, 16, 16), generator=torch.Generator().manual_seed(step)).to(torch.uint8)
-        masks = sample_masks(config.masking, (4, 4), [np.random.default_rng((step, i)) for i in range(8)])
-        result = trainer.step([(images, masks)], step)
+        # So many that with a range of ratios they do not all keep equally many patches, another case to compile.
+        images = torch.randint(0, 256, (24, 3, 16, 16), generator=torch.Generator().manual_seed(step)).to(torch.uint8)
+        rngs = [np.random.default_rng((step, i)) for i in range(24)]
+        masks = (sample_masks(config.masking, (4, 4), part) for part in (rngs[:12], rngs[12:]))
+        result = trainer.step(list(zip(images.split(12), masks)), step)
         results[-1].append([float(x) for x in (result.loss, result.clustering_loss, result.target_entropy)])
         if step == 2:
             warm = counters["stats"]["unique_graphs"]
 assert (warm > 0) and counters["stats"]["unique_graphs"] == warm, (warm, counters["stats"])
 assert not counters["graph_break"], counters["graph_break"]
-np.testing.assert_allclose(*results, rtol=1e-5)
+np.testing.assert_allclose(*results, rtol=1e-5 if config.run.precision == "fp32" else 1e-3)
 """
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("mask_ratio", ["0.6", "[0.5,0.7]"])
-def test_compiled_steps_are_the_same_and_compile_no_more_once_warm(mask_ratio, tmp_path) -> None:
+def test_compiled_steps_are_the_same_and_compile_no_more_once_warm(mask_ratio, precision, tmp_path) -> None:
     (tmp_path / "tiniest.yaml").write_text(TINIEST)
     arguments = ["--config", str(tmp_path / "tiniest.yaml"), "--masking.mask_ratio", mask_ratio]
+    arguments += ["--run.precision", precision, "--run.checkpoint_activations", str(precision == "bf16")]
     # In a process of its own: the type checks of these tests are not for the compiler.
     run = subprocess.run([sys.executable, "-c", COMPILED, *arguments], capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr
