@@ -11,7 +11,7 @@ from benchmarks.measure import OURS, Contestant
 from capi.config import Config, load_config
 from capi.distributed import World
 from capi.masking import Masks, sample_masks
-from capi.train import Trainer
+from capi.step import Trainer
 
 LOSS_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05}  # relative; see StepCase.check
 

@@ -19,7 +19,7 @@ from benchmarks.official_step import OfficialStep, cast_parameters, restated_gro
 from benchmarks.shapes import Logits
 from benchmarks.train_step import configuration, draw_batch, our_step
 from capi.distributed import World
-from capi.train import Trainer
+from capi.step import Trainer
 
 CPU = torch.device("cpu")
 peers_rotate = peers._rotate

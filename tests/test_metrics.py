@@ -20,7 +20,7 @@ from capi.metrics import (
     read_metrics,
     training_flop_per_image,
 )
-from capi.train import Trainer
+from capi.step import Trainer
 from capi_kernels import reference
 
 

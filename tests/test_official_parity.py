@@ -26,7 +26,7 @@ from capi.config import (
 from capi.distributed import World
 from capi.masking import Masks, sample_masks
 from capi.optim import schedule_value
-from capi.train import Trainer
+from capi.step import Trainer
 
 GOLDENS = Path(os.environ.get("CAPI_GOLDENS", Path(__file__).parent / "goldens"))
 

@@ -21,7 +21,8 @@ from capi.distributed import World
 from capi.masking import Masks, sample_masks
 from capi.model import normalize_images
 from capi.prefetch import DevicePrefetcher
-from capi.train import Trainer, main
+from capi.step import Trainer
+from capi.train import main
 
 TINIEST = """
 model: {patch_size: 4, embed_dim: 16, num_heads: 2, encoder_depth: 1, predictor_depth: 1, n_registers: 4,
@@ -391,7 +392,7 @@ from torch._dynamo.utils import counters
 from capi.config import load_config
 from capi.distributed import World
 from capi.masking import sample_masks
-from capi.train import Trainer
+from capi.step import Trainer
 
 # Of the compiler all but the code that it writes: that takes minutes.
 torch.compile = partial(torch.compile, backend="aot_eager")
