@@ -25,10 +25,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from capi.config import Config, micro_batch_size
 from capi.masking import Masks, sample_masks
+from capi.seeding import Purpose, generator
 from capi.sources import (
-    CROP,
-    MASK,
-    ORDER,
     Cursor,
     IndexedSource,
     ShardedSource,
@@ -329,7 +327,7 @@ class _Batches(IterableDataset):
             for image, (key, pixels) in zip(images.numpy(), samples, strict=False):
                 image[...] = pixels.transpose(2, 0, 1)
                 keys.append(key)
-        rngs = [self._rng(key, MASK) for key in keys]
+        rngs = [self._rng(Purpose.MASK, key) for key in keys]
         side = size // patch_size
         return Batch(images, sample_masks(self._config.masking, (side, side), rngs), list(self._reasons))
 
@@ -381,7 +379,7 @@ class _Batches(IterableDataset):
     def _pixels(self, key: tuple[int, ...], name: str, data: Encoded) -> UInt8[ndarray, "size size 3"] | None:
         """A random crop of one image; None, and a note of the reason, where it is unreadable."""
         data_config = self._config.data
-        rng = self._rng(key, CROP)
+        rng = self._rng(Purpose.CROP, key)
         pixels = attempt(crop, data, data_config.image_size, lambda w, h: random_box(w, h, data_config.crop_scale, rng))
         if isinstance(pixels, Exception):
             self._reasons[name] = f"{type(pixels).__name__}: {pixels}"
@@ -389,13 +387,13 @@ class _Batches(IterableDataset):
         # NumPy would reverse byte by byte.
         return torch.from_numpy(pixels).flip(1).numpy() if data_config.hflip and rng.random() < 0.5 else pixels
 
-    def _rng(self, key: tuple[int, ...], purpose: int) -> np.random.Generator:
-        return np.random.default_rng((self._config.run.seed, *key, purpose))
+    def _rng(self, purpose: Purpose, key: tuple[int, ...]) -> np.random.Generator:
+        return generator(purpose, self._config.run.seed, *key)
 
 
 @lru_cache(maxsize=2)
 def _permutation(seed: int, epoch: int, n: int) -> ndarray:
-    return np.random.default_rng((seed, epoch, 0, ORDER)).permutation(n)
+    return generator(Purpose.ORDER, seed, epoch).permutation(n)
 
 
 def _unchanged(delivery: _Delivery | SourceError) -> _Delivery | SourceError:

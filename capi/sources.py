@@ -14,14 +14,12 @@ from jaxtyping import UInt8
 from numpy import ndarray
 
 from capi.config import Config
+from capi.seeding import Purpose, generator
 from capi.synthetic import SyntheticScenes
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm"})
 
 Result = TypeVar("Result")
-
-# Last word of the key of every random generator, so that no two uses share their numbers.
-CROP, MASK, ORDER, SHUFFLE = range(4)
 
 _SCENE_CACHE_BYTES = 2**28
 # A data set of a million loose files counts a million shards; finding one among them takes as many steps.
@@ -249,7 +247,7 @@ class ShardReader:
         block = list(islice(samples, self._buffer))
         while block:
             unit, position = block[0].unit, block[0].position
-            order = np.random.default_rng((self._seed, epoch, self._reader, number, SHUFFLE)).permutation(len(block))
+            order = generator(Purpose.SHUFFLE, self._seed, epoch, self._reader, number).permutation(len(block))
             following = []
             for count, i in enumerate(order, start=1):
                 following += islice(samples, 1)
@@ -262,7 +260,7 @@ class ShardReader:
 
     def _in_reading_order(self, epoch: int, first_unit: int, first_position: int) -> Iterator[Sample]:
         n_parts = -(-self._n_readers // self._source.n_shards)
-        order = np.random.default_rng((self._seed, epoch, 0, ORDER)).permutation(self._source.n_shards * n_parts)
+        order = generator(Purpose.ORDER, self._seed, epoch).permutation(self._source.n_shards * n_parts)
         units = order[self._reader :: self._n_readers]
         for unit in range(first_unit, len(units)):
             shard, part = divmod(int(units[unit]), n_parts)

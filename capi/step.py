@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from capi.distributed import World, average, average_gradients, mean_over_ranks
 from capi.masking import Masks
 from capi.model import CAPI, target_entropy
 from capi.optim import build_optimizers, schedule_value, set_learning_rates, update_ema
+from capi.seeding import Purpose, generator
 from capi.transformer import DropPath, cast_weights
 from capi_kernels import student_loss
 
@@ -164,7 +164,7 @@ class Trainer:
         rate = self.config.model.drop_path_rate
         if rate == 0:
             return None
-        return DropPath(rate, np.random.default_rng((self.config.run.seed, step, self.world.rank)))
+        return DropPath(rate, generator(Purpose.DROP_PATH, self.config.run.seed, step, self.world.rank))
 
 
 def _target_statistics(targets: Float[Tensor, "predicted prototypes"]) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,8 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from numpy import ndarray
 
+from capi.seeding import Purpose, generator
+
 TEXTURES = ("horizontal stripes", "vertical stripes", "diagonal stripes", "checks", "dots", "rings", "grain", "blobs")
 
 # Textures are drawn in units of 1/32 of the image side, so a scene looks the same at every resolution.
@@ -44,7 +46,7 @@ class SyntheticScenes:
         """Scene `index`, the class of its central object, and the texture of every pixel (int64, 0 to 7)."""
         if not 0 <= index < self.size:
             raise IndexError(f"scene index must be in [0, {self.size}), got {index}")
-        rng = np.random.Generator(np.random.PCG64((self.seed, index)))
+        rng = generator(Purpose.SCENE, self.seed, index)
         n_objects = int(rng.integers(2, 5))
         kinds = rng.integers(len(TEXTURES), size=n_objects + 1).tolist()
         grey = _textured(kinds[0], self._x, self._y, rng)

@@ -23,6 +23,7 @@ from torch import Tensor
 from capi.config import Config
 from capi.data import Batch, ImageStream, centre_box, crop, evaluation_images, random_box
 from capi.masking import Masks, sample_masks
+from capi.seeding import Purpose, generator
 from capi.sources import Cursor, ShardReader, SourceError, open_source
 from capi.synthetic import SyntheticScenes
 
@@ -495,15 +496,15 @@ class TestDeterminism:
         config.data.crop_scale = (0.2, 0.9)
         source = open_source(config)
         for epoch, batch in enumerate(take(config, 2)):
-            order = np.random.default_rng((5, epoch, 0, 2)).permutation(13)
+            order = generator(Purpose.ORDER, 5, epoch).permutation(13)
             for image, index in zip(batch.images, order, strict=True):
-                rng = np.random.default_rng((5, epoch, int(index), 0))
+                rng = generator(Purpose.CROP, 5, epoch, int(index))
                 name = source.name(int(index))
                 data = source.read(int(index) + 1) if name.endswith("5.jpg") else source.read(int(index))
                 expected = crop(data, SIZE, lambda w, h, rng=rng: random_box(w, h, (0.2, 0.9), rng))
                 expected = expected[:, ::-1] if rng.random() < 0.5 else expected
                 assert np.array_equal(image.permute(1, 2, 0), expected)
-            rngs = [np.random.default_rng((5, epoch, int(index), 1)) for index in order]
+            rngs = [generator(Purpose.MASK, 5, epoch, int(index)) for index in order]
             masks = sample_masks(config.masking, (SIZE // 2, SIZE // 2), rngs)
             assert torch.equal(batch.masks.visible_indices, masks.visible_indices)
             assert torch.equal(batch.masks.predict_indices, masks.predict_indices)
