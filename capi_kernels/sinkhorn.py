@@ -32,7 +32,7 @@ from capi_kernels.reference import SHIFT, Potentials
 # In this file E carries exp(HEADROOM), which keeps it clear of the denormal numbers, slow on a CPU, and c its inverse.
 HEADROOM = 32.0
 CHUNK_BYTES = 1 << 23  # Exponentials that stay in cache between two passes.
-SUMMED_PROTOTYPES = 1024  # One sum over 16384 would be off by more than all other rounding.
+SUMMED = 1024  # Terms that one product adds up: in one go 16384 would be off by more than all other rounding.
 
 
 def balance(
@@ -52,7 +52,7 @@ def balance(
     passes = iter(passes)
     column_sum = torch.zeros_like(column)
     for E, row, *_ in next(passes):
-        column_sum.baddbmm_(row.mT, E)
+        _add_column_sums_(column_sum, row, E)
     for iteration in range(n_iterations):
         if process_group is not None:
             all_reduce(column_sum, ReduceOp.SUM, process_group)
@@ -67,15 +67,21 @@ def balance(
             # A row without any mass gains 1 / eps each time; inf would turn its zeros to NaN.
             row.div_((row * _row_sums(E, column)).add_(eps)).clamp_(max=row_limit)
             if iteration < n_iterations - 1:
-                column_sum.baddbmm_(row.mT, E)
+                _add_column_sums_(column_sum, row, E)
             else:
                 E.mul_(column).mul_(row)
                 yield block
 
 
+def _add_column_sums_(column_sum: Tensor, row: Tensor, E: Tensor) -> None:
+    """Adds row^T E [p, 1, K], a few rows at a time."""
+    for some_rows, e in zip(row.split(SUMMED, dim=1), E.split(SUMMED, dim=1), strict=True):
+        column_sum.baddbmm_(some_rows.mT, e)
+
+
 def _row_sums(E: Tensor, column: Tensor) -> Tensor:
     """E column^T [p, rows, 1], a few prototypes at a time."""
-    blocks = zip(*(x.split(SUMMED_PROTOTYPES, dim=-1) for x in (column, E)), strict=True)
+    blocks = zip(*(x.split(SUMMED, dim=-1) for x in (column, E)), strict=True)
     return sum(torch.bmm(c, e.mT) for c, e in blocks).mT
 
 

@@ -1,6 +1,9 @@
 """What "accurate" and "little memory" mean in these tests."""
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -28,6 +31,57 @@ def assert_draws_as_accurate(draws: Iterable[tuple[Sequence[Tensor], Sequence[Te
         for actual, same_dtype, oracle in versions:
             assert actual.shape == same_dtype.shape == oracle.shape
         assert_as_accurate(*(torch.cat([x.flatten() for x in version]) for version in zip(*versions, strict=True)))
+
+
+@contextmanager
+def sums_in_blocks(blocks: int) -> Iterator[None]:
+    """Matrix products of a CPU add up their terms one after the other in each of `blocks` parts, then these.
+
+    The order is the library's choice: by maker, instruction set and shape. One block is the least exact, and what MKL
+    does with AVX-512 in some shapes; half precision is added up in float32, as everywhere.
+    """
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        wide = torch.promote_types(a.dtype, torch.float32)
+        size = max(1, math.ceil(a.shape[-1] / blocks))
+        total = torch.zeros((*a.shape[:-1], b.shape[-1]), dtype=wide)
+        for a_part, b_part in zip(a.to(wide).split(size, -1), b.to(wide).split(size, -2), strict=True):
+            part = torch.zeros_like(total)
+            for k in range(a_part.shape[-1]):
+                part = torch.addcmul(part, a_part[..., k : k + 1], b_part[..., k : k + 1, :])
+            total = total + part
+        return total.to(a.dtype)
+
+    def added(x: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1) -> Tensor:
+        return beta * x + alpha * product(a, b)
+
+    with torch.library._scoped_library("aten", "IMPL") as library, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators")  # of other kernels than PyTorch's
+        for name in ("mm", "bmm"):
+            library.impl(name, product, "CPU")
+            library.impl(f"{name}.out", lambda a, b, *, out: out.copy_(product(a, b)), "CPU")
+        for name in ("addmm", "baddbmm"):
+            library.impl(name, lambda x, a, b, *, beta=1, alpha=1: added(x, a, b, beta, alpha), "CPU")
+            library.impl(f"{name}_", lambda x, a, b, *, beta=1, alpha=1: x.copy_(added(x, a, b, beta, alpha)), "CPU")
+            library.impl(
+                f"{name}.out", lambda x, a, b, *, beta=1, alpha=1, out: out.copy_(added(x, a, b, beta, alpha)), "CPU"
+            )
+        yield
+
+
+def least_exact(define: Callable[[], Mapping[str, Tensor]], oracle: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each result of the definition, with PyTorch's products or with `sums_in_blocks(1)`: that with the larger error.
+
+    A definition that has products is exact to its own rounding in any order of their sums.
+    """
+    own = define()
+    with sums_in_blocks(1):
+        in_turn = define()
+
+    def error(name: str, result: Tensor) -> float:
+        return float((result.double() - oracle[name]).abs().max())
+
+    return {name: max(own[name], in_turn[name], key=lambda x, name=name: error(name, x)) for name in oracle}
 
 
 def peak_allocation(run: Callable[[], object]) -> int:

@@ -1,13 +1,16 @@
 import math
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import assert_as_accurate, peak_allocation
+from numerics import assert_draws_as_accurate, least_exact, peak_allocation, sums_in_blocks
 from torch import Tensor
 
 from capi_kernels import (
+    ClusteringHead,
     assignments_from_potentials,
     clustering_head,
     clustering_targets,
@@ -19,13 +22,14 @@ from capi_kernels import (
 
 # positions, images, prototypes, dim
 SHAPES = [(1, 1, 1, 1), (1, 5, 7, 3), (6, 4, 9, 5), (5, 16, 40, 8)]
+SEEDS = range(4)  # The loss is one number: several are judged together.
 
 
 def draw(
-    positions: int, images: int, prototypes: int, dim: int, dtype: torch.dtype = torch.float32
+    positions: int, images: int, prototypes: int, dim: int, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> tuple[Tensor, ...]:
     """Features (a transposed view), weight, bias, and unsorted rows with repeats."""
-    generator = torch.Generator().manual_seed(positions + images)
+    generator = torch.Generator().manual_seed(positions + images + 1000 * seed)
     features, weight, bias = (
         torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
         for shape in ((images, positions, dim), (prototypes, dim), (prototypes,))
@@ -51,6 +55,25 @@ def run(
     return {name: result for name, result in results.items() if result is not None}
 
 
+Draw = tuple[Tensor, Tensor, Tensor | None, Tensor]
+
+
+def assert_defined(head: Callable[..., ClusteringHead], draws: Iterable[Draw], **options) -> None:
+    """Loss, targets and gradients of all draws together, in float32 and in float64."""
+    compared = []
+    definition = {name: option for name, option in options.items() if name != "position_chunk"}
+    for *inputs, rows in draws:
+        wide = [x if x is None else x.double() for x in inputs]
+        oracle = run(reference.clustering_head, *wide, rows, **definition)
+        single = least_exact(partial(run, reference.clustering_head, *inputs, rows, **definition), oracle)
+        actual = run(head, *inputs, rows, **options)
+        assert actual.keys() == oracle.keys()
+        compared.append([list(x.values()) for x in (actual, single, oracle)])
+        for name, result in run(head, *wide, rows, **options).items():
+            torch.testing.assert_close(result, oracle[name], rtol=1e-11, atol=1e-12)
+    assert_draws_as_accurate(compared)
+
+
 @pytest.mark.parametrize("positionwise", [True, False], ids=["positionwise", "together"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("chunk", [1, 2, None])
@@ -59,42 +82,47 @@ def test_loss_targets_and_gradients_match_the_definition(
 ) -> None:
     if chunk == 1:
         monkeypatch.setattr(sinkhorn, "CHUNK_BYTES", 3 * 4 * shape[2])  # three rows
-    for with_bias in (True, False):
-        for options in ({}, {"n_iterations": 2, "eps": 0.1, "target_temperature": 0.2, "prediction_temperature": 0.5}):
-            options = options | {"positionwise": positionwise}
-            features, weight, bias, rows = draw(*shape)
-            bias = bias if with_bias else None
-            wide = [x if x is None else x.double() for x in (features, weight, bias)]
-            oracle = run(reference.clustering_head, *wide, rows, **options)
-            same_dtype = run(reference.clustering_head, features, weight, bias, rows, **options)
-            actual = run(clustering_head, features, weight, bias, rows, position_chunk=chunk, **options)
-            assert (
-                actual.keys() == oracle.keys() == {"loss", "targets", "dweight"} | ({"dbias"} if with_bias else set())
-            )
-            for name in oracle:
-                assert_as_accurate(actual[name], same_dtype[name], oracle[name])
-            actual = run(clustering_head, *wide, rows, position_chunk=chunk, **options)
-            for name in oracle:
-                torch.testing.assert_close(actual[name], oracle[name], rtol=1e-11, atol=1e-12)
+    draws = [draw(*shape, seed=seed) for seed in SEEDS]
+    for options in ({}, {"n_iterations": 2, "eps": 0.1, "target_temperature": 0.2, "prediction_temperature": 0.5}):
+        for with_bias in (True, False):
+            given = [(f, w, b if with_bias else None, rows) for f, w, b, rows in draws]
+            assert_defined(clustering_head, given, position_chunk=chunk, positionwise=positionwise, **options)
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("positionwise", [True, False], ids=["positionwise", "together"])
+def test_products_summed_in_another_order_are_as_accurate(positionwise: bool, blocks: int) -> None:
+    """As another machine's library may do."""
+
+    def in_another_order(*arguments, **options) -> ClusteringHead:
+        with sums_in_blocks(blocks):
+            return clustering_head(*arguments, **options)
+
+    draws = [draw(5, 16, 40, 96, seed=seed) for seed in SEEDS]
+    for chunk in (2, None):
+        assert_defined(in_another_order, draws, position_chunk=chunk, positionwise=positionwise)
 
 
 @pytest.mark.parametrize("positionwise", [True, False], ids=["positionwise", "together"])
 def test_bfloat16_features_meet_float32_weights(positionwise: bool) -> None:
-    features, weight, bias, rows = draw(5, 16, 40, 8)
-    features = features.bfloat16()
+    """What the definition loses through logits of bfloat16 bounds what the op may lose, over all draws."""
     options = {"positionwise": positionwise, "target_temperature": 0.5, "prediction_temperature": 0.5}
-    oracle = run(reference.clustering_head, features.double(), weight.double(), bias.double(), rows, **options)
-    same_dtype = run(reference.clustering_head, features, weight, bias, rows, **options)
-    actual = run(clustering_head, features, weight, bias, rows, **options)
-    for name in oracle:
-        assert actual[name].dtype == torch.float32
-        # The accuracy of bfloat16 logits: what the definition loses through them bounds what the op may.
-        error, budget = (x[name].double() - oracle[name] for x in (actual, same_dtype))
-        assert error.abs().max() <= 2 * budget.abs().max()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        autocast = run(clustering_head, features.float(), weight, bias, rows, **options)
-    for name in oracle:
-        assert torch.equal(autocast[name], actual[name]), name
+    errors = {}
+    for seed in SEEDS:
+        features, weight, bias, rows = draw(5, 16, 40, 8, seed=seed)
+        half = features.bfloat16()
+        oracle = run(reference.clustering_head, half.double(), weight.double(), bias.double(), rows, **options)
+        single = least_exact(partial(run, reference.clustering_head, half, weight, bias, rows, **options), oracle)
+        actual = run(clustering_head, half, weight, bias, rows, **options)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            autocast = run(clustering_head, half.float(), weight, bias, rows, **options)
+        for name, exact in oracle.items():
+            assert actual[name].dtype == torch.float32
+            assert torch.equal(autocast[name], actual[name]), name
+            pair = [(x[name].double() - exact).abs().max() for x in (actual, single)]
+            errors[name] = [max(pair) for pair in zip(errors.get(name, pair), pair, strict=True)]
+    for name, (error, budget) in errors.items():
+        assert error <= 2 * budget, name
 
 
 def test_targets_are_aligned_with_rows() -> None:
@@ -189,14 +217,11 @@ def test_bad_arguments_of_targets() -> None:
 
 def test_features_without_length_or_with_a_tiny_one() -> None:
     """Below 1e-7 the length is 1e-7: a zero vector stays one, and a tiny one is not blown up to a unit vector."""
-    features, weight, bias, rows = draw(6, 4, 9, 5)
-    features[2, 1] = 0
-    features[3, 2] *= 1e-9
-    oracle = run(reference.clustering_head, features.double(), weight.double(), bias.double(), rows)
-    same_dtype = run(reference.clustering_head, features, weight, bias, rows)
-    actual = run(clustering_head, features, weight, bias, rows)
-    for name in oracle:
-        assert_as_accurate(actual[name], same_dtype[name], oracle[name])
+    draws = [draw(6, 4, 9, 5, seed=seed) for seed in SEEDS]
+    for features, *_ in draws:
+        features[2, 1] = 0
+        features[3, 2] *= 1e-9
+    assert_defined(clustering_head, draws)
 
 
 def test_no_rows_and_zero_rows() -> None:

@@ -1,8 +1,9 @@
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
-from numerics import assert_as_accurate, peak_allocation
+from numerics import assert_as_accurate, peak_allocation, sums_in_blocks
 from torch import Tensor
 
 from capi_kernels import (
@@ -218,10 +219,29 @@ def test_bad_arguments(op) -> None:
             op(bad_logits, **options)
 
 
-def test_long_rows_sum_to_one() -> None:
-    """Within a few roundings: a soft cross-entropy weighs the error of the sum by the logits."""
-    assignments = sinkhorn_positionwise(draw(2, 8, 16384), temperature=0.06)
-    assert (assignments.double().sum(-1) - 1).abs().max() < 5e-7
+@pytest.mark.parametrize("blocks", [None, 1, 3])
+def test_long_sums_are_exact_to_a_few_roundings(blocks: int | None) -> None:
+    """In any order of a product's sums: roundings add up like a random walk, and a soft cross-entropy weighs them."""
+    eps = torch.finfo(torch.float32).eps
+    bound = math.sqrt(sinkhorn.SUMMED) * eps / 2
+    with nullcontext() if blocks is None else sums_in_blocks(blocks):
+        long_rows = sinkhorn_positionwise(draw(2, 8, 16384), temperature=0.06)
+        long_columns = sinkhorn_positionwise(draw(2, 16384, 4), 1)
+    assert (long_rows.double().sum(-1) - 1).abs().max() < bound
+    exact = reference.sinkhorn_positionwise(draw(2, 16384, 4).double(), 1)
+    rounded_arguments = sinkhorn.HEADROOM * eps  # of the exponentials
+    assert (long_columns / exact - 1).abs().max() < bound + rounded_arguments
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products_summed_in_another_order_are_as_accurate(shape: tuple[int, ...], blocks: int) -> None:
+    """As another machine's library may do."""
+    logits = draw(*shape)
+    oracle = reference.sinkhorn_positionwise(logits.double(), temperature=0.06)
+    with sums_in_blocks(blocks):
+        actual = sinkhorn_positionwise(logits, temperature=0.06)
+    assert_as_accurate(actual, reference.sinkhorn_positionwise(logits, temperature=0.06), oracle)
 
 
 def test_bad_potentials() -> None:
