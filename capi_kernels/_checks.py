@@ -1,6 +1,7 @@
 """Argument checks shared by the ops: each says what was expected and what came, and none waits for a GPU."""
 
 import math
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -46,16 +47,30 @@ def check_not_empty(name: str, **axes: int) -> None:
             raise ValueError(f"{name} must have at least one element on the axis {axis}, got 0")
 
 
+def check_number(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real | torch.SymInt | torch.SymFloat):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
 def check_positive(**values: float) -> None:
     for name, value in values.items():
-        if not (math.isfinite(value) and value > 0):
+        check_number(name, value)
+        if not 0 < value < math.inf:
             raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
+def check_count(name: str, value: int) -> None:
+    """An integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, Integral | torch.SymInt):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
 def check_sinkhorn_options(n_iterations: int, eps: float) -> None:
-    if n_iterations < 1:
-        raise ValueError(f"n_iterations must be at least 1, got {n_iterations}")
-    if not (math.isfinite(eps) and eps >= 0):
+    check_count("n_iterations", n_iterations)
+    check_number("eps", eps)
+    if not 0 <= eps < math.inf:
         raise ValueError(f"eps must be finite and at least 0, got {eps}")
 
 

@@ -20,8 +20,10 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 
+from capi_kernels._autocast import autocast_off, dtype_under_autocast, register_autocast
 from capi_kernels._checks import (
     check_chosen,
+    check_count,
     check_device,
     check_index,
     check_not_empty,
@@ -37,7 +39,6 @@ from capi_kernels.sinkhorn import (
     balance,
     exponentials,
     group_name,
-    keep_autocast_off,
     named_group,
     positions_per_chunk,
     rows_per_block,
@@ -283,7 +284,7 @@ def _backward(ctx: FunctionCtx, dloss: Tensor, *_: Tensor | None) -> tuple[Tenso
     return None, *gradients, *[None] * 9
 
 
-keep_autocast_off(OP)
+register_autocast(OP)
 torch.library.register_autograd(OP, _backward, setup_context=_setup_context)
 
 
@@ -325,11 +326,6 @@ def _check_linear(features: Tensor, weight: Tensor, bias: Tensor | None) -> None
         check_shape("bias", bias, prototypes=prototypes)
 
 
-def _compute_dtype(features: Tensor) -> torch.dtype:
-    device = features.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else features.dtype
-
-
 def clustering_head(
     features: Tensor,
     weight: Tensor,
@@ -363,7 +359,8 @@ def clustering_head(
             all positions where they are balanced together, whose logits and exponentials are held in float32 then;
             fewer take n_iterations + 2 times the matrix product instead. On a GPU 1 GiB of logits by default, but at
             most a quarter of the free memory (over a group, of the rank with least; agreeing on it waits for the GPU
-            where the group has no backend for CPU tensors). Changes memory, speed and the rounding of the gradients.
+            where the group has no backend for CPU tensors). Changes memory, speed and rounding: a product of another
+            shape may add up its terms in another order. The same call on the same machine gives the same bits.
 
     Returns:
         ClusteringHead(loss, targets [selected, prototypes] in the order of `rows` or None, potentials of the
@@ -386,8 +383,8 @@ def clustering_head(
     check_positive(target_temperature=target_temperature, prediction_temperature=prediction_temperature)
     check_sinkhorn_options(n_iterations, eps)
     process_group = group_name(resolve_group(process_group))
-    if position_chunk is not None and position_chunk < 1:
-        raise ValueError(f"position_chunk must be at least 1, got {position_chunk}")
+    if position_chunk is not None:
+        check_count("position_chunk", position_chunk)
     loss, targets, column_max, column, row, _, _ = _ClusteringHead.apply(
         features,
         weight,
@@ -400,7 +397,7 @@ def clustering_head(
         positionwise,
         position_chunk,
         process_group,
-        _compute_dtype(features),
+        dtype_under_autocast(features),
     )
     if not positionwise:
         column_max, column = column_max.expand(positions, -1), column.expand(positions, -1)
@@ -445,8 +442,8 @@ def clustering_targets(
     check_chosen("rows", rows, potentials, len(weight), ("features", features))
     check_shape("rows", rows, selected=selected)
     check_positive(target_temperature=target_temperature)
-    dtype = _compute_dtype(features)
-    with torch.autocast(features.device.type, enabled=False):
+    dtype = dtype_under_autocast(features)
+    with autocast_off(features.device.type):
         logits = F.linear(normalised(features, dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     wide = torch.promote_types(dtype, torch.float32)
     return torch.ops.capi_kernels.assignments_from_potentials(logits, *potentials, rows, target_temperature, wide)

@@ -14,9 +14,11 @@ from itertools import chain, repeat
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce, get_backend_config
 from torch.distributed.distributed_c10d import _resolve_process_group
 
+from capi_kernels._autocast import register_autocast
 from capi_kernels._checks import (
     check_chosen,
     check_chosen_logits,
@@ -190,16 +192,17 @@ torch.library.define(
 )
 
 
-def keep_autocast_off(name: str) -> None:
-    """The op `name` computes in float32 or wider whatever autocast says."""
-    op = getattr(torch.ops.capi_kernels, name.removeprefix("capi_kernels::"))
-    for device in ("cpu", "cuda"):
+def without_gradient(name: str) -> None:
+    """The outputs of the op `name` are constants to autograd, whatever requires a gradient."""
 
-        def run(*arguments, device=device):
-            with torch.autocast(device, enabled=False):
-                return op(*arguments)
+    def setup_context(ctx: FunctionCtx, inputs: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*((output,) if isinstance(output, Tensor) else output))
+        ctx.n_inputs = len(inputs)
 
-        torch.library.impl(name, f"Autocast{device.upper()}", run)
+    def backward(ctx: FunctionCtx, *_: Tensor | None) -> tuple[None, ...]:
+        return (None,) * ctx.n_inputs
+
+    torch.library.register_autograd(name, backward, setup_context=setup_context)
 
 
 def group_name(process_group: ProcessGroup | None) -> str | None:
@@ -273,8 +276,9 @@ def _(logits, column_max, column, row, rows, temperature, dtype):
     return logits.new_empty(logits.shape if rows is None else (len(rows), logits.shape[-1]), dtype=dtype)
 
 
-keep_autocast_off(OP)
-keep_autocast_off(ASSIGNMENTS_OP)
+for name in (OP, ASSIGNMENTS_OP):
+    register_autocast(name)
+    without_gradient(name)
 
 
 def _check(logits: Tensor, n_iterations: int, eps: float, temperature: float) -> None:

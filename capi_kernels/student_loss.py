@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from capi_kernels import reference
+from capi_kernels._autocast import register_autocast
 from capi_kernels._checks import (
     check_chosen,
     check_chosen_logits,
@@ -24,7 +25,7 @@ from capi_kernels._checks import (
 )
 from capi_kernels.clustering import SoftCrossEntropy
 from capi_kernels.reference import Potentials, TargetRows
-from capi_kernels.sinkhorn import assignments, chosen_rows, keep_autocast_off
+from capi_kernels.sinkhorn import assignments, chosen_rows
 
 PLAIN_BYTES = 1 << 22  # Of logits: below, what an op costs in Python outweighs the memory traffic that it saves.
 
@@ -84,7 +85,7 @@ def _backward(ctx: FunctionCtx, dloss: Tensor, _: Tensor | None) -> tuple[Tensor
     return torch.mul(minus_dz, factor, out=torch.empty_like(minus_dz)), *[None] * 7
 
 
-keep_autocast_off(OP)
+register_autocast(OP)
 torch.library.register_autograd(OP, _backward, setup_context=_setup_context)
 
 

@@ -265,6 +265,27 @@ def test_properties() -> None:
         torch.testing.assert_close(scaled[name], first[name], rtol=1e-10, atol=1e-12)
 
 
+def test_float64_stays_under_autocast() -> None:
+    features, weight, bias, rows = draw(6, 4, 9, 5, dtype=torch.float64)
+    expected = run(clustering_head, features, weight, bias, rows)
+    own, potentials = features[rows % 6, rows // 6], clustering_head(features, weight, bias).potentials
+    targets = clustering_targets(own, weight, bias, potentials, rows)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = run(clustering_head, features, weight, bias, rows)
+        assert torch.equal(clustering_targets(own, weight, bias, potentials, rows), targets)
+    assert all(torch.equal(actual[name], x) for name, x in expected.items())
+
+
+def test_shapes_without_memory() -> None:
+    """On meta tensors, as when a model is planned before it is made."""
+    features, weight, bias, rows = (x.to("meta") for x in draw(6, 4, 9, 5))
+    head = clustering_head(features, weight.requires_grad_(), bias, rows)
+    head.loss.backward()
+    assert weight.grad.shape == (9, 5)
+    assert head.targets.shape == (11, 9)
+    assert clustering_targets(features[0], weight, bias, head.potentials, rows[:4]).shape == (4, 9)
+
+
 def test_logits_of_all_positions_never_exist_at_once() -> None:
     features, weight, bias, rows = draw(32, 64, 512, 16)
     weight.requires_grad_()

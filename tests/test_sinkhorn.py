@@ -244,6 +244,14 @@ def test_products_summed_in_another_order_are_as_accurate(shape: tuple[int, ...]
     assert_as_accurate(actual, reference.sinkhorn_positionwise(logits, temperature=0.06), oracle)
 
 
+def test_ops_called_by_name_give_constants() -> None:
+    logits = draw(2, 3, 4).requires_grad_()
+    assignments, *potentials = torch.ops.capi_kernels.sinkhorn(logits, 3, 1e-8, 0.1, None, True)
+    assert torch.equal(assignments, sinkhorn_positionwise(logits, temperature=0.1))
+    again = torch.ops.capi_kernels.assignments_from_potentials(logits, *potentials, None, 0.1, torch.float32)
+    assert not any(x.requires_grad for x in (assignments, *potentials, again))
+
+
 def test_bad_potentials() -> None:
     logits = draw(2, 3, 4)
     potentials = sinkhorn_potentials(logits)
