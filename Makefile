@@ -1,5 +1,6 @@
 # make train [DATA=folder:PATH] [ARGS="--optim.steps 100 ..."]: install once, train the default on any machine.
-# make test: install once, lint, run the tests.
+# make test [TESTS="tests/test_model.py -k ..."]: install once, lint, run the tests, a process a core.
+# make test-instruction-sets: the numerical tests as other processors would compute.
 # make bench: install once, measure operations, training step and data loading on the machine at hand.
 # make gpu [PART=train_step]: GPU tests, then benchmarks (or those of one name), with what PYTHON has installed.
 PYTHON ?= python3
@@ -18,15 +19,26 @@ RAW = benchmarks/results/$$($(1) -c 'from benchmarks.shapes import MACHINE; prin
 BENCH = raw=$(RAW) && $(1) -m pytest $(2) benchmarks --benchmark-only --benchmark-json "$$raw" $(if $(PART),-k '$(PART)') \
 	  && $(1) benchmarks/report.py "$$raw" --readme
 
-.PHONY: train test bench gpu gpu-tests gpu-bench seeds clean
+.PHONY: train test test-instruction-sets bench gpu gpu-tests gpu-bench seeds clean
 
 train: $(VENV)/.installed
 	$(VENV)/bin/python -m capi.train --data.source '$(DATA)' --data.num_workers $(WORKERS) --run.output_dir '$(RUN)' $(ARGS)
 
+# One thread a process, unless the environment says otherwise.
+PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/python -m pytest -n $(shell nproc) --dist worksteal
+TESTS ?= tests
+NUMERICAL := $(wildcard $(patsubst %,tests/test_%.py,numerics reference sinkhorn clustering student_loss distributed_sinkhorn \
+	     visible_attention masked_cross_attention cross_attention_weights model optim official_parity step train))
+
 test: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/python -m pytest
+	$(PYTEST) $(TESTS)
+
+# A processor without the instructions keeps its own; MKL's COMPATIBLE is what it does on processors of other makers.
+test-instruction-sets: $(VENV)/.installed
+	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE $(PYTEST) $(NUMERICAL)
+	ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 $(PYTEST) $(NUMERICAL)
 
 bench: $(VENV)/.installed
 	$(call BENCH,$(VENV)/bin/python)

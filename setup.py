@@ -26,6 +26,6 @@ setup(
     extras_require={
         "data": ["datasets", "braceexpand"],
         "bench": ["pytest", "pytest-benchmark", "torchvision", "xformers"],
-        "dev": ["beartype", "pytest", "pytest-benchmark", "ruff"],
+        "dev": ["beartype", "pytest", "pytest-benchmark", "pytest-xdist", "ruff"],
     },
 )
