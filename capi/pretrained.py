@@ -7,13 +7,15 @@ import argparse
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from http.client import HTTPException
 from pathlib import Path
 
 import torch
+import yaml
 from torch import Tensor
 
-from capi.config import ModelConfig
+from capi.config import ClusteringConfig, Config, DataConfig, ModelConfig, config_of
 from capi.model import Backbone
 from capi.weight_files import EncoderWeights, check_shape, find_file, read_weights
 
@@ -78,6 +80,35 @@ def build(weights: EncoderWeights) -> Backbone:
     backbone.to_empty(device="cpu").load_state_dict(weights.state)
     logger.info("%s", weights)
     return backbone.eval().requires_grad_(False)
+
+
+def configuration_of(weights: EncoderWeights, image_size: int | None = None) -> Config:
+    """The configuration of the run that the encoder is of; where it is not known, of images of 16 patches a side.
+
+    It stands in a checkpoint, and in the `config.yaml` beside an exported encoder. `image_size` takes the place of its
+    own; ValueError if that is no multiple of the patch size, or what is read is no configuration of this encoder.
+    """
+    beside = weights.path.with_name("config.yaml")
+    if weights.run_config is not None:
+        config = config_of(weights.run_config)
+    elif weights.path.name == "encoder.safetensors" and beside.is_file():
+        try:
+            values = yaml.safe_load(beside.read_text())
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ValueError(f"{beside} cannot be read: {' '.join(str(error).split())}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{beside} must hold the configuration of a run, got {str(values)[:80]}")
+        config = config_of(values)
+        check_shape(config.model, weights)
+    else:
+        model = weights.shape
+        config = Config(
+            model=model, data=DataConfig(image_size=16 * model.patch_size), clustering=ClusteringConfig(n_prototypes=1)
+        )
+    patch_size, image_size = config.model.patch_size, image_size or config.data.image_size
+    if image_size < patch_size or image_size % patch_size:
+        raise ValueError(f"the image size must be a multiple of the patch size {patch_size}, got {image_size}")
+    return replace(config, data=replace(config.data, image_size=image_size))
 
 
 def _check_tensors(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
