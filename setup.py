@@ -11,7 +11,7 @@ setup(
     description="CAPI (Cluster and Predict Latent Patches): Triton kernels, and a lean model and trainer on top",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
     project_urls={
         "Paper": "https://arxiv.org/abs/2502.08769",
