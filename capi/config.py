@@ -279,17 +279,17 @@ def _resolved(parser: jsonargparse.ArgumentParser, option: str, value: str | Non
         if not path.is_file():
             parser.error(f"--config takes a YAML file or a preset ({', '.join(_presets())}), got {value}")
         try:
-            node = yaml.compose(path.read_text())
+            _check_node(parser, yaml.compose(path.read_text()), "", f" of {value}")
         except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
             parser.error(f"{value} cannot be read as YAML: {' '.join(str(error).split())}")
-        _check_node(parser, node, "", f" of {value}")
+        except RecursionError:
+            parser.error(f"{value} cannot be read: an alias stands within what it names")
         return option, str(path)
     if value.startswith("{") or option.removeprefix("--optim.") in _SCHEDULES:
         try:
-            node = yaml.compose(value)
+            _check_node(parser, yaml.compose(value), option.removeprefix("--"), f" of {option}")
         except yaml.YAMLError as error:
             parser.error(f"{option} {value} cannot be read: {' '.join(str(error).split())}")
-        _check_node(parser, node, option.removeprefix("--"), f" of {option}")
     return option, value
 
 
@@ -303,8 +303,7 @@ def _check_node(parser: jsonargparse.ArgumentParser, node: yaml.Node | None, nam
             if key.value in lines:
                 parser.error(f"{full} is given twice, in lines {lines[key.value]} and {line}{place}")
             lines[key.value] = line
-            if child.start_mark.index > key.start_mark.index:  # no alias, which may stand within itself
-                _check_node(parser, child, full, place)
+            _check_node(parser, child, full, place)
     elif isinstance(node, yaml.ScalarNode) and name.removeprefix("optim.") in _SCHEDULES:
         fields = ", ".join(ScheduleConfig.__dataclass_fields__)
         parser.error(f"{name} is a schedule ({fields}); for its peak set {name}.base {node.value}")

@@ -114,14 +114,14 @@ def _load(path: Path) -> tuple[object, dict[str, str]]:
     try:
         with path.open("rb") as file:
             start = file.read(64)
+        if start[8:9] == b"{":  # after the length of a header of safetensors, which may look like text
+            with safe_open(path, "pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
         if not start:
             raise ValueError("it is empty")
         for beginning, what in _NO_WEIGHTS.items():
-            if start.lstrip().startswith(beginning) and start[8:9] != b"{":
+            if start.lstrip().startswith(beginning):
                 raise ValueError(what)
-        if start[8:9] == b"{":
-            with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
         # A Namespace of options often lies beside weights, and is data alone.
         with torch.serialization.safe_globals([argparse.Namespace]):
             # Mapped: of a training checkpoint the encoder is the sixth part.

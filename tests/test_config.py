@@ -111,6 +111,7 @@ def test_an_unknown_key_of_a_file_stops_with_its_name(tmp_path, capsys) -> None:
         ("optim: {lr: {base: 0.1}, lr: {final: 0.1}}\n", "optim.lr is given twice, in lines 1 and 1"),
         ("optim:\n  lr: 1e-3\n", "for its peak set optim.lr.base 1e-3"),
         ("optim: [1\n", "cannot be read as YAML"),
+        ("optim: &again\n  lr: *again\n", "an alias stands within what it names"),
     ],
 )
 def test_a_file_that_says_two_things_stops_with_the_place(text, message, tmp_path, capsys) -> None:

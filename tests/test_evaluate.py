@@ -89,9 +89,9 @@ def test_what_is_not_labelled_is_left_out(mark):
     labels, predicted = torch.tensor([0, 1, mark, 1]), torch.tensor([0, 1, 1, 0])
     assert accuracy(predicted, labels, 2) == pytest.approx(2 / 3)
     assert mean_iou(predicted, labels, 2) == pytest.approx((1 / 2 + 1 / 2) / 2)
-    bank = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
+    bank = torch.tensor([[0.9, 0.1], [0.0, 1.0], [1.0, 0.0]])
     # The nearest item has no label, and neither votes nor takes the place of one that has.
-    assert knn_predict(bank, torch.tensor([mark, 1, 0]), bank[:1], 2, k=1).item() == 1
+    assert knn_predict(bank, torch.tensor([1, 0, mark]), bank[2:], 2, k=1).item() == 1
     pixels = torch.tensor([[[mark, mark, mark, mark], [mark, 1, mark, mark]]])
     assert patch_labels(pixels, 2, 2).tolist() == [[[1, -1]]]
 

@@ -225,6 +225,16 @@ def test_an_export_whose_configuration_is_not_that_of_its_weights(metadata, mess
         pretrained.load(tmp_path / "encoder.safetensors")
 
 
+def test_a_header_whose_length_looks_like_text(student, tmp_path) -> None:
+    """A length of 0x3c20 bytes begins with a space and a "<", as an HTML page may."""
+    path = tmp_path / "encoder.safetensors"
+    save_file(student.state_dict(), path)
+    filler = 0x3C20 - int.from_bytes(path.read_bytes()[:8], "little") - len(',"__metadata__":{"note":""}')
+    save_file(student.state_dict(), path, {"note": "x" * filler})
+    assert path.read_bytes()[:2] == b" <"
+    assert_same_features(pretrained.load(path), student)
+
+
 def test_what_is_no_file_or_does_not_fit(student, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"one of capi_vitl14_lvd.*got capi_vitl14_nope"):
         pretrained.load("capi_vitl14_nope")
