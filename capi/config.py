@@ -3,15 +3,20 @@
 A preset (`capi/presets/*.yaml`) or a command-line option overrides single fields.
 """
 
+import argparse
 import json
+import logging
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import jsonargparse
 import yaml
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -52,7 +57,7 @@ class MaskingConfig:
 class DataConfig:
     """Where images come from and how they are cropped."""
 
-    source: str = "synthetic"
+    source: str | None = None
     """synthetic, folder:PATH, hf:NAME (a Hugging Face data set, streamed) or wds:PATTERN (.tar shards)."""
     image_size: int = 224
     """Side of a training crop in pixels; must divide by the patch size."""
@@ -101,7 +106,7 @@ class ScheduleConfig:
     start: float = 0.0
     """Value at step 0."""
     warmup_steps: int = 50_000
-    """Steps of warm-up."""
+    """Steps of warm-up. A run with fewer steps than its preset warms up for takes a tenth of its own."""
     freeze_steps: int = 0
     """Steps at value 0 before the warm-up."""
     truncate: float = 0.8
@@ -187,46 +192,136 @@ def micro_batch_size(config: Config, world_size: int = 1) -> int:
 
 
 PRESETS = Path(__file__).parent / "presets"
+_SCHEDULES = ("lr", "momentum", "clustering_lr")
 
 
 def load_config(argv: Sequence[str] | None = None) -> Config:
     """Reads a configuration from command-line arguments; without `--config` it starts from the preset `tiny`.
 
-    `--config` takes a YAML file or the name of a preset. An unknown key or a value of the wrong type ends the program
-    with a message that names it.
+    `--config` takes a YAML file or the name of a preset. An unknown key, a key given twice or a value of the wrong type
+    ends the program with a message that names it. Warm-ups that `optim.steps` is too short for become a tenth of it,
+    which is logged, unless an option states them.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    parser = _parser()
+    options = [_resolved(parser, option, value) for option, value in _options(argv)]
+    if not any(option == "--config" for option, _ in options):
+        options.insert(0, ("--config", str(_presets()["tiny"])))
+    arguments = [option if value is None else f"{option}={value}" for option, value in options]
+    config = _instance(parser, parser.parse_args(arguments))
+    _fit_warmups(config.optim, stated={option for option, _ in options})
+    return config
+
+
+def config_of(values: Mapping) -> Config:
+    """The configuration with these values, as a run keeps them; ValueError for unknown keys and wrong types."""
+    parser = _parser(exit_on_error=False)
+    try:
+        return _instance(parser, parser.parse_object(dict(values)))
+    except argparse.ArgumentError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def _instance(parser: jsonargparse.ArgumentParser, values: jsonargparse.Namespace) -> Config:
+    values.pop("config", None)
+    return Config(**vars(parser.instantiate(values)))
+
+
+def _parser(*, exit_on_error: bool = True) -> jsonargparse.ArgumentParser:
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
         prog="python -m capi.train",
         usage="python -m capi.train [--config FILE] [--GROUP.FIELD VALUE ...]",
         description="Trains a CAPI encoder.",
+        allow_abbrev=False,
+        exit_on_error=exit_on_error,
     )
-    presets = ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml")))
     parser.add_argument(
-        "--config", action="config", help=f"a YAML file, or a preset ({presets}); tiny by default. Later options win."
+        "--config",
+        action="config",
+        help=f"a YAML file, or a preset ({', '.join(_presets())}); tiny by default. Later options win.",
     )
     parser.add_class_arguments(Config)
-    values = parser.parse_args(_with_preset_paths(argv))
-    values.pop("config")
-    return Config(**vars(parser.instantiate(values)))
+    return parser
 
 
-def _with_preset_paths(argv: list[str]) -> list[str]:
-    """Turns the name of a preset into its path, and chooses `tiny` where no configuration is named."""
-    paths = {path.stem: str(path) for path in PRESETS.glob("*.yaml")}
-    named = False
-    resolved = []
-    for argument in argv:
-        if named is None:  # the value of a --config just read
-            argument, named = paths.get(argument, argument), True
-        elif argument == "--config":
-            named = None
-        elif argument.startswith("--config="):
-            value = argument.removeprefix("--config=")
-            argument, named = f"--config={paths.get(value, value)}", True
-        resolved.append(argument)
-    return resolved if named is not False else ["--config", paths["tiny"], *resolved]
+def _presets() -> dict[str, Path]:
+    return {path.stem: path for path in sorted(PRESETS.glob("*.yaml"))}
+
+
+def _options(argv: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """Options and their values, written with a space or with an equals sign; None where none follows."""
+    arguments = iter(argv)
+    option = None
+    for argument in arguments:
+        if option is not None:
+            has_value = not argument.startswith("--")
+            yield option, argument if has_value else None
+            option = None
+            if has_value:
+                continue
+        if argument.startswith("--") and "=" in argument:
+            yield tuple(argument.split("=", 1))
+        elif argument.startswith("--"):
+            option = argument
+        else:
+            yield argument, None
+    if option is not None:
+        yield option, None
+
+
+def _resolved(parser: jsonargparse.ArgumentParser, option: str, value: str | None) -> tuple[str, str | None]:
+    """The option with a preset's path in place of its name; what cannot be meant ends the program."""
+    if value is None:
+        return option, value
+    if option == "--config":
+        path = _presets().get(value, Path(value).expanduser())
+        if not path.is_file():
+            parser.error(f"--config takes a YAML file or a preset ({', '.join(_presets())}), got {value}")
+        try:
+            _check_node(parser, yaml.compose(path.read_text()), "", f" of {value}")
+        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+            parser.error(f"{value} cannot be read as YAML: {' '.join(str(error).split())}")
+        except RecursionError:
+            parser.error(f"{value} cannot be read: an alias stands within what it names")
+        return option, str(path)
+    if value.startswith("{") or option.removeprefix("--optim.") in _SCHEDULES:
+        try:
+            _check_node(parser, yaml.compose(value), option.removeprefix("--"), f" of {option}")
+        except yaml.YAMLError as error:
+            parser.error(f"{option} {value} cannot be read: {' '.join(str(error).split())}")
+    return option, value
+
+
+def _check_node(parser: jsonargparse.ArgumentParser, node: yaml.Node | None, name: str, place: str) -> None:
+    """Ends the program where a key stands twice (YAML lets the last one win), or a schedule is given as a number."""
+    if isinstance(node, yaml.MappingNode):
+        lines: dict[str, int] = {}
+        for key, child in node.value:
+            full = f"{name}.{key.value}" if name else str(key.value)
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                parser.error(f"{full} is given twice, in lines {lines[key.value]} and {line}{place}")
+            lines[key.value] = line
+            _check_node(parser, child, full, place)
+    elif isinstance(node, yaml.ScalarNode) and name.removeprefix("optim.") in _SCHEDULES:
+        fields = ", ".join(ScheduleConfig.__dataclass_fields__)
+        parser.error(f"{name} is a schedule ({fields}); for its peak set {name}.base {node.value}")
+
+
+def _fit_warmups(optim: OptimConfig, stated: set[str]) -> None:
+    shortened = []
+    for name in _SCHEDULES:
+        schedule: ScheduleConfig = getattr(optim, name)
+        fits = schedule.freeze_steps + schedule.warmup_steps <= optim.steps
+        if not fits and f"--optim.{name}.warmup_steps" not in stated:
+            shortened.append(f"optim.{name} ({schedule.warmup_steps})")
+            schedule.warmup_steps = optim.steps // 10
+    if shortened:
+        logger.warning(
+            "optim.steps %d is too short for the warm-up of %s, which becomes %d steps",
+            *(optim.steps, ", ".join(shortened), optim.steps // 10),
+        )
 
 
 def to_yaml(config: Config) -> str:
@@ -237,6 +332,7 @@ def to_yaml(config: Config) -> str:
 def check_config(config: Config, world_size: int = 1) -> None:
     """Raises ValueError for values that do not fit together."""
     model, data, optim = config.model, config.data, config.optim
+    _check_finite(asdict(config), "")
     if data.image_size % model.patch_size or data.image_size < model.patch_size:
         raise ValueError(
             f"data.image_size must be a multiple of model.patch_size {model.patch_size}, got {data.image_size}"
@@ -265,8 +361,11 @@ def check_config(config: Config, world_size: int = 1) -> None:
     if config.clustering.n_sinkhorn_iterations < 1:
         iterations = config.clustering.n_sinkhorn_iterations
         raise ValueError(f"clustering.n_sinkhorn_iterations must be at least 1, got {iterations}")
-    for name in ("lr", "momentum", "clustering_lr"):
+    for name in _SCHEDULES:
         schedule: ScheduleConfig = getattr(optim, name)
+        for end in ("start", "base", "final"):
+            if getattr(schedule, end) < 0:
+                raise ValueError(f"optim.{name}.{end} must not be negative, got {getattr(schedule, end)}")
         if schedule.warmup_steps < 0 or schedule.freeze_steps < 0:
             raise ValueError(f"optim.{name}.warmup_steps and .freeze_steps must not be negative, got {schedule}")
         if schedule.warmup_steps + schedule.freeze_steps > optim.steps:
@@ -274,3 +373,13 @@ def check_config(config: Config, world_size: int = 1) -> None:
                 f"optim.{name}: {schedule.freeze_steps} frozen and {schedule.warmup_steps} warm-up steps do not fit in "
                 f"optim.steps {optim.steps}"
             )
+    if not data.source:
+        raise ValueError("data.source must name the images (folder:PATH, hf:NAME, wds:PATTERN or synthetic), got none")
+
+
+def _check_finite(values: Mapping, prefix: str) -> None:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            _check_finite(value, f"{prefix}{name}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{prefix}{name} must be finite, got {value}")

@@ -1,23 +1,23 @@
 """Frozen features under k nearest neighbours: image classification and patch segmentation of held-out scenes.
 
-`python -m capi.evaluate RUN_DIR ...` prints the table of each run folder.
+`python -m capi.evaluate ENCODER ...` prints the table of each run folder, checkpoint or encoder file. Labels below 0,
+and 255 where there are no more than 255 classes, mark what is not labelled, and are left out.
 """
 
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, Integer, UInt8
 from torch import Tensor, nn
 
-from capi.config import Config, load_config
+from capi import pretrained
+from capi.config import Config
 from capi.model import CAPI, normalize_images
-from capi.pretrained import load
 from capi.synthetic import TEXTURES, SyntheticScenes
 
 RAW_PIXELS = "raw pixels"
@@ -41,7 +41,7 @@ def extract_features(
 
 def knn_predict(
     bank: Float[Tensor, "bank dim"],
-    bank_labels: Int[Tensor, "bank"],
+    bank_labels: Integer[Tensor, "bank"],
     queries: Float[Tensor, "queries dim"],
     n_classes: int,
     *,
@@ -51,34 +51,103 @@ def knn_predict(
     """argmax_c of the sum of exp(cosine similarity / temperature) over those of the k nearest that are of class c.
 
     The weighted vote of Wu et al. (arXiv 1805.01978), the usual measure of frozen features.
+
+    Raises:
+        ValueError: a label that is no class, no labelled item in the bank, or k below 1.
     """
-    bank, votes = F.normalize(bank, dim=-1), F.one_hot(bank_labels, n_classes).float()
+    labels, labelled = _classes(bank_labels, n_classes)
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    if not labelled.any():
+        raise ValueError(f"the bank must hold at least one labelled item, got none of {len(labels)}")
+    bank, labels = F.normalize(bank[labelled], dim=-1), labels[labelled]
+    classes = torch.arange(n_classes, device=labels.device)
     predictions = []
     for chunk in F.normalize(queries, dim=-1).split(1024):
         similarities, neighbours = (chunk @ bank.T).topk(min(k, len(bank)), dim=-1)
         weights = ((similarities - 1) / temperature).exp()
-        predictions.append((weights[..., None] * votes[neighbours]).sum(dim=1).argmax(dim=-1))
+        votes = labels[neighbours][..., None] == classes
+        predictions.append((weights[..., None] * votes).sum(dim=1).argmax(dim=-1))
     return torch.cat(predictions)
 
 
-def accuracy(predicted: Int[Tensor, "items"], labels: Int[Tensor, "items"]) -> float:
-    """Share of the items whose prediction is the label."""
-    return float((predicted == labels).float().mean())
+def accuracy(
+    predicted: Integer[Tensor, "items"], labels: Integer[Tensor, "items"], n_classes: int | None = None
+) -> float:
+    """Share of the labelled items whose prediction is the label; without `n_classes` 255 is a class like any other.
+
+    Raises:
+        ValueError: a label that is no class, or no labelled item.
+    """
+    labels, labelled = _classes(labels, n_classes)
+    _check_any_labelled(labelled)
+    return float((predicted == labels)[labelled].float().mean())
 
 
-def mean_iou(predicted: Int[Tensor, "items"], labels: Int[Tensor, "items"], n_classes: int) -> float:
-    """Mean over classes of |predicted and true| / |predicted or true|; classes that never occur are left out."""
-    confusion = torch.bincount(labels * n_classes + predicted, minlength=n_classes**2).reshape(n_classes, n_classes)
-    union = confusion.sum(dim=0) + confusion.sum(dim=1) - confusion.diag()
-    return float((confusion.diag()[union > 0] / union[union > 0]).mean())
+def mean_iou(predicted: Integer[Tensor, "items"], labels: Integer[Tensor, "items"], n_classes: int) -> float:
+    """Mean over classes of |predicted and true| / |predicted or true|; classes that never occur are left out.
+
+    Raises:
+        ValueError: a label or a prediction that is no class, or no labelled item.
+    """
+    labels, labelled = _classes(labels, n_classes)
+    _check_any_labelled(labelled)
+    predicted, labels = predicted[labelled].long(), labels[labelled]
+    if int(predicted.min()) < 0 or int(predicted.max()) >= n_classes:
+        low, high = int(predicted.min()), int(predicted.max())
+        raise ValueError(f"predictions must be classes from 0 to {n_classes - 1}, got {low} to {high}")
+    both, of_predicted, of_labels = (
+        torch.bincount(classes, minlength=n_classes) for classes in (labels[predicted == labels], predicted, labels)
+    )
+    union = of_predicted + of_labels - both
+    return float((both[union > 0] / union[union > 0]).mean())
 
 
 def patch_labels(
-    pixel_labels: Int[Tensor, "images height width"], patch_size: int, n_classes: int
+    pixel_labels: Integer[Tensor, "images height width"], patch_size: int, n_classes: int
 ) -> Int[Tensor, "images rows columns"]:
-    """The most frequent pixel label of every patch."""
-    patches = rearrange(pixel_labels, "b (h p) (w q) -> b h w (p q)", p=patch_size, q=patch_size)
-    return F.one_hot(patches, n_classes).sum(dim=-2).argmax(dim=-1)
+    """The most frequent class among the labelled pixels of every patch, the smallest of several; -1 without any.
+
+    Raises:
+        ValueError: a label that is no class, or sides that are no multiples of the patch size.
+    """
+    n_images, height, width = pixel_labels.shape
+    if height % patch_size or width % patch_size:
+        raise ValueError(f"sides must be multiples of the patch size {patch_size}, got {height} x {width}")
+    n_patches = height // patch_size * (width // patch_size)
+    result = []
+    # Some images at a time: counts by patch and class, and pixels as int64, take memory.
+    for part in pixel_labels.split(max(1, 2**22 // max(1, n_patches * n_classes + height * width))):
+        labels, labelled = _classes(part, n_classes)
+        labels, labelled = (
+            rearrange(x, "b (h p) (w q) -> (b h w) (p q)", p=patch_size, q=patch_size) for x in (labels, labelled)
+        )
+        bins = labels + n_classes * torch.arange(len(labels), device=labels.device)[:, None]
+        counts = torch.bincount(bins[labelled], minlength=len(labels) * n_classes).view(-1, n_classes)
+        result.append(torch.where(counts.any(dim=1), counts.argmax(dim=1), -1))
+    return torch.cat(result).view(n_images, height // patch_size, width // patch_size)
+
+
+def _classes(
+    labels: Integer[Tensor, "*items"], n_classes: int | None
+) -> tuple[Int[Tensor, "*items"], Bool[Tensor, "*items"]]:
+    """Labels as int64, and where they are labels at all."""
+    if labels.is_floating_point() or labels.is_complex():
+        raise TypeError(f"labels must be integers, got {labels.dtype}")
+    labels = labels.long()
+    labelled = labels >= 0
+    if n_classes is not None:
+        if n_classes <= 255:
+            labelled = labelled & (labels != 255)
+        if (wrong := labels[labelled & (labels >= n_classes)]).numel():
+            expected = f"from 0 to {n_classes - 1}, or -1 or 255 where there is none"
+            raise ValueError(f"labels must be classes {expected}; got {int(wrong[0])}")
+    return labels, labelled
+
+
+def _check_any_labelled(labelled: Bool[Tensor, "items"]) -> None:
+    if not labelled.any():
+        raise ValueError(f"expected at least one labelled item, got none of {len(labelled)}")
 
 
 def evaluate_synthetic(config: Config, backbones: Mapping[str, nn.Module]) -> dict[str, dict[str, float]]:
@@ -108,8 +177,8 @@ def evaluate_synthetic(config: Config, backbones: Mapping[str, nn.Module]) -> di
             bank_maps.flatten(0, 2)[bank_chosen], bank_patches, query_maps.flatten(0, 2)[query_chosen], n_classes
         )
         results[name] = {
-            "image_accuracy": accuracy(classes, queries[1]),
-            "patch_accuracy": accuracy(textures, query_patches),
+            "image_accuracy": accuracy(classes, queries[1], n_classes),
+            "patch_accuracy": accuracy(textures, query_patches, n_classes),
             "patch_miou": mean_iou(textures, query_patches, n_classes),
         }
     return results
@@ -146,16 +215,31 @@ def format_table(results: Mapping[str, Mapping[str, float]]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m capi.evaluate", description="k-NN evaluation of trained encoders.")
-    parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", type=Path, help="folder of a finished training")
-    for run_dir in parser.parse_args(argv).run_dirs:
-        for name in ("config.yaml", "encoder.safetensors"):
-            if not (run_dir / name).is_file():
-                parser.error(f"expected {name} of a finished training in {run_dir}, found none")
-        config = load_config(["--config", str(run_dir / "config.yaml")])
-        torch.manual_seed(config.run.seed)
-        untrained = CAPI(config.model, config.clustering).init_weights().student.backbone.eval()
-        results = evaluate_synthetic(config, {"trained": load(run_dir / "encoder.safetensors"), "untrained": untrained})
-        print(f"{run_dir}\n\n{format_table(results)}\n")  # noqa: T201
+    parser.add_argument(
+        "encoders",
+        metavar="ENCODER",
+        nargs="+",
+        help="a run folder, finished or not, a checkpoint, an encoder file, or an official name",
+    )
+    parser.add_argument(
+        "--image_size",
+        type=int,
+        help="side of the scenes in pixels; by default that of the run, or 16 patches where the run is not known",
+    )
+    arguments = parser.parse_args(argv)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        for name in arguments.encoders:
+            weights = pretrained.read(name)
+            config = pretrained.configuration_of(weights, arguments.image_size)
+            torch.manual_seed(config.run.seed)
+            untrained = CAPI(config.model, config.clustering).init_weights().student.backbone.eval()
+            backbones = {"trained": pretrained.build(weights), "untrained": untrained}
+            results = evaluate_synthetic(config, {key: backbone.to(device) for key, backbone in backbones.items()})
+            print(f"{name}\n\n{format_table(results)}\n")  # noqa: T201
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 1
     return 0
 
 

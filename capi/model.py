@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float, Int, Shaped, UInt8
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from capi.config import ClusteringConfig, ModelConfig
@@ -32,8 +32,20 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def normalize_images(images: UInt8[Tensor, "images 3 height width"]) -> Float[Tensor, "images 3 height width"]:
-    """Maps bytes to fp32 of ImageNet's mean 0 and standard deviation 1."""
+def normalize_images(
+    images: Shaped[Tensor, "*images channels height width"],
+) -> Float[Tensor, "*images 3 height width"]:
+    """Maps bytes [..., 3, height, width] to fp32 of ImageNet's mean 0 and standard deviation 1.
+
+    Raises:
+        TypeError: the images are not uint8; of floats it cannot be told whether they reach to 1 or to 255.
+        ValueError: they have not three channels.
+    """
+    if not isinstance(images, Tensor) or images.dtype != torch.uint8:
+        got = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise TypeError(f"images must be a tensor of torch.uint8, with values from 0 to 255, got {got}")
+    if images.ndim < 3 or images.shape[-3] != 3:
+        raise ValueError(f"images must have the shape [..., 3, height, width], got {tuple(images.shape)}")
     mean = torch.tensor(IMAGENET_MEAN, device=images.device)[:, None, None]
     std = torch.tensor(IMAGENET_STD, device=images.device)[:, None, None]
     return (images / 255 - mean) / std

@@ -1,14 +1,23 @@
-"""Loads encoders for their features: the official weights, official checkpoints on disk, or a run's own export."""
+"""Loads encoders for their features: the official weights, a run's, or any file that holds one.
 
-import json
+`python -m capi.pretrained` lists the official names; `python -m capi.pretrained ENCODER ...` says what files hold.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from http.client import HTTPException
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+import yaml
+from torch import Tensor
 
-from capi.config import ModelConfig
+from capi.config import ClusteringConfig, Config, DataConfig, ModelConfig, config_of
 from capi.model import Backbone
+from capi.weight_files import EncoderWeights, check_shape, find_file, read_weights
 
 OFFICIAL = "https://dl.fbaipublicfiles.com/capi"
 OFFICIAL_WEIGHTS = {
@@ -18,45 +27,142 @@ OFFICIAL_WEIGHTS = {
     "capi_vitl14_in1k": "capi_vitl14_in1k.pth",
 }
 
+logger = logging.getLogger(__name__)
+
 
 def load(name: str | Path, config: ModelConfig | None = None) -> Backbone:
-    """Loads a frozen backbone in evaluation mode; call it on ImageNet-normalised images.
+    """Loads a frozen backbone in evaluation mode; call it on ImageNet-normalised images, or on bytes.
 
     Args:
-        name: one of the official names `capi_vitl14_{lvd,p205,in22k,in1k}` (downloaded once to PyTorch's hub folder),
-            the path of an `encoder.safetensors` of a run, or the path of an official `.pth` file.
-        config: the shape of a `.pth` file's model; the paper's ViT-L/14 by default. An `encoder.safetensors` brings
-            its own.
+        name: one of the official names `capi_vitl14_{lvd,p205,in22k,in1k}` (downloaded once to PyTorch's hub folder), a
+            run's folder (its exported encoder, or its newest checkpoint), or a file: an exported encoder, a training
+            checkpoint (its moving average is taken), or any state dict of safetensors or torch.save.
+        config: the shape that the model must have; by default that of the weights.
 
     Returns:
         A module that maps float [images, 3, height, width] to the global vector [images, dim], the registers
         [images, registers, dim] and the feature map [images, rows, columns, dim].
 
     Raises:
-        ValueError: neither an official name nor a file, or weights that do not fit the configuration.
+        ValueError: neither an official name nor a file or folder, a download that failed, a file that cannot be read
+            or holds no encoder, or weights that do not fit the configuration.
     """
+    weights = read(name)
+    if config is not None:
+        check_shape(config, weights)
+    return build(weights)
+
+
+def read(name: str | Path) -> EncoderWeights:
+    """The weights that `load` would load; ValueError as there."""
+    if not isinstance(name, str | Path):
+        raise ValueError(f"expected the name or the path of an encoder, got {type(name).__name__}")
     if str(name) in OFFICIAL_WEIGHTS:
-        url = f"{OFFICIAL}/{OFFICIAL_WEIGHTS[str(name)]}"
-        return _build(torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True), config, str(name))
-    path = Path(name)
-    if not path.is_file():
-        expected = ", ".join(OFFICIAL_WEIGHTS)
-        raise ValueError(f"expected the path of a .safetensors or .pth file, or one of {expected}; got {name}")
-    if path.suffix == ".safetensors":
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if config is None and "config" in metadata:
-                config = ModelConfig(**json.loads(metadata["config"]))
-            return _build({key: file.get_tensor(key) for key in file.keys()}, config, str(name))  # noqa: SIM118
-    return _build(torch.load(path, map_location="cpu", weights_only=True), config, str(name))
-
-
-def _build(state: dict[str, torch.Tensor], config: ModelConfig | None, name: str) -> Backbone:
-    prefix = "backbone."
-    state = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
-    backbone = Backbone(replace(config or ModelConfig(), drop_path_rate=0.0))
+        return read_weights(_download(OFFICIAL_WEIGHTS[str(name)]))
     try:
-        backbone.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"the weights of {name} do not fit the model configuration: {error}") from error
+        path = find_file(Path(name))
+        found = path.is_file()
+    except (OSError, RuntimeError) as error:  # a name too long, a home that is not known
+        raise ValueError(f"{str(name)[:200]} cannot be read: {error}") from error
+    if not found:
+        expected = ", ".join(OFFICIAL_WEIGHTS)
+        raise ValueError(
+            f"expected the path of a .safetensors or .pth file or of a run folder, or one of {expected}; got {name}"
+        )
+    return read_weights(path)
+
+
+def build(weights: EncoderWeights) -> Backbone:
+    """A frozen backbone of its own, float32, with these weights; ValueError if some are missing, or too many."""
+    with torch.device("meta"):
+        backbone = Backbone(weights.shape)
+    _check_tensors(weights.state, backbone.state_dict(), weights.path)
+    backbone.to_empty(device="cpu").load_state_dict(weights.state)
+    logger.info("%s", weights)
     return backbone.eval().requires_grad_(False)
+
+
+def configuration_of(weights: EncoderWeights, image_size: int | None = None) -> Config:
+    """The configuration of the run that the encoder is of; where it is not known, of images of 16 patches a side.
+
+    It stands in a checkpoint, and in the `config.yaml` beside an exported encoder. `image_size` takes the place of its
+    own; ValueError if that is no multiple of the patch size, or what is read is no configuration of this encoder.
+    """
+    beside = weights.path.with_name("config.yaml")
+    if weights.run_config is not None:
+        config = config_of(weights.run_config)
+    elif weights.path.name == "encoder.safetensors" and beside.is_file():
+        try:
+            values = yaml.safe_load(beside.read_text())
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ValueError(f"{beside} cannot be read: {' '.join(str(error).split())}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{beside} must hold the configuration of a run, got {str(values)[:80]}")
+        config = config_of(values)
+        check_shape(config.model, weights)
+    else:
+        model = weights.shape
+        config = Config(
+            model=model, data=DataConfig(image_size=16 * model.patch_size), clustering=ClusteringConfig(n_prototypes=1)
+        )
+    patch_size, image_size = config.model.patch_size, image_size or config.data.image_size
+    if image_size < patch_size or image_size % patch_size:
+        raise ValueError(f"the image size must be a multiple of the patch size {patch_size}, got {image_size}")
+    return replace(config, data=replace(config.data, image_size=image_size))
+
+
+def _check_tensors(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
+    faults = []
+    if missing := sorted(expected.keys() - state.keys()):
+        faults.append(f"{len(missing)} of {len(expected)} are missing, such as {missing[0]}")
+    if unknown := sorted(state.keys() - expected.keys()):
+        faults.append(f"{len(unknown)} are unknown, such as {unknown[0]}")
+    wrong = [name for name in expected if name in state and state[name].shape != expected[name].shape]
+    if wrong:
+        shapes = [list(tensors[wrong[0]].shape) for tensors in (expected, state)]
+        faults.append(f"{len(wrong)} are of another shape, such as {wrong[0]}: expected {shapes[0]}, got {shapes[1]}")
+    if odd := [
+        name for name, x in state.items() if not x.is_floating_point() or x.is_meta or x.layout != torch.strided
+    ]:
+        faults.append(f"{odd[0]} is a tensor of {state[odd[0]].dtype} on {state[odd[0]].device}, expected weights")
+    if faults:
+        raise ValueError(f"the weights of {path} do not make an encoder: {'; '.join(faults)}")
+
+
+def _download(file: str) -> Path:
+    """The path of an official file in PyTorch's hub folder, downloaded if it is not there."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / file
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(f"{OFFICIAL}/{file}", str(path))
+        except (OSError, HTTPException) as error:
+            raise ValueError(f"{OFFICIAL}/{file} cannot be downloaded to {path}: {error}") from error
+    return path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m capi.pretrained", description="Says what a file of weights holds.")
+    parser.add_argument(
+        "encoders",
+        metavar="ENCODER",
+        nargs="*",
+        help="a run folder, a checkpoint, a file of weights or an official name; without one these names are listed",
+    )
+    encoders = parser.parse_args(argv).encoders
+    if not encoders:
+        print("\n".join(OFFICIAL_WEIGHTS))  # noqa: T201
+    try:
+        for encoder in encoders:
+            weights = read(encoder)
+            build(weights)
+            print(weights)  # noqa: T201
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,17 +1,27 @@
-"""Pictures of a run: the curves of its metrics, and feature maps as colours beside their images."""
+"""Pictures of a run: the curves of its metrics, and feature maps as colours beside their images.
 
+`python -m capi.visualize ENCODER IMAGE ... --output FILE.png` draws the feature maps of images of yours.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
-from jaxtyping import Float, UInt8
+import torch
+from jaxtyping import Float, Shaped, UInt8
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy import ndarray
 from torch import Tensor
 
+from capi import pretrained
+from capi.data import centre_box, crop
 from capi.metrics import read_metrics
+from capi.model import normalize_images
 
 _STYLE = {
     "font.size": 9,
@@ -71,12 +81,24 @@ def _curves(lines: list[dict[str, int | float | None]]) -> Figure:
 
 
 def plot_pca_maps(
-    images: UInt8[Tensor, "images 3 height width"],
+    images: Shaped[Tensor, "images 3 height width"],
     feature_maps: Float[Tensor, "images rows columns dim"],
     png: str | Path,
 ) -> None:
-    """Draws every image beside its feature map, whose first three principal components over all maps are the RGB."""
-    colours = _principal_colours(feature_maps.cpu().numpy())
+    """Draws every image beside its feature map, whose first three principal components over all maps are the RGB.
+
+    Raises:
+        TypeError: the images are not uint8.
+        ValueError: no image, not as many maps as images, or features that are not finite.
+    """
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images must be torch.uint8, got {images.dtype}")
+    if len(images) == 0 or len(images) != len(feature_maps):
+        raise ValueError(f"expected as many images as feature maps, got {len(images)} and {len(feature_maps)}")
+    feature_maps = feature_maps.detach().float().cpu()
+    if not torch.isfinite(feature_maps).all():
+        raise ValueError("feature_maps must be finite, got NaN or infinity")
+    colours = _principal_colours(feature_maps.numpy())
     columns = min(4, len(images))
     rows = -(-len(images) // columns)
     figure = Figure(figsize=(3.8 * columns, 1.9 * rows + 0.2), layout="constrained")
@@ -106,3 +128,47 @@ def _principal_colours(maps: Float[ndarray, "images rows columns dim"]) -> Float
     flat = spread <= 1e-6 * max(1.0, float(np.abs(maps).max()))
     colours = np.where(flat, 0.5, (components - low) / np.where(flat, 1.0, spread))
     return colours.clip(0, 1).reshape(*maps.shape[:-1], 3)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m capi.visualize", description="Draws images beside an encoder's feature maps."
+    )
+    parser.add_argument(
+        "encoder", metavar="ENCODER", help="a run folder, a checkpoint, an encoder file, or an official name"
+    )
+    parser.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="files of images; their centre is shown")
+    parser.add_argument("--output", metavar="FILE.png", required=True, type=Path, help="the picture to write")
+    parser.add_argument(
+        "--image_size",
+        type=int,
+        help="side of the images in pixels; by default that of the run, or 16 patches where the run is not known",
+    )
+    arguments = parser.parse_args(argv)
+    try:
+        weights = pretrained.read(arguments.encoder)
+        size = pretrained.configuration_of(weights, arguments.image_size).data.image_size
+        pixels = torch.from_numpy(np.stack([_centre(path, size) for path in arguments.images])).permute(0, 3, 1, 2)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        backbone = pretrained.build(weights).to(device)
+        maps = [backbone(normalize_images(images.to(device)))[2] for images in pixels.split(8)]
+        plot_pca_maps(pixels, torch.cat(maps), arguments.output)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    print(f"wrote {arguments.output}")  # noqa: T201
+    return 0
+
+
+def _centre(path: Path, size: int) -> UInt8[ndarray, "size size 3"]:
+    """The centre of an image, resized to a square; ValueError if the file is none that can be read."""
+    try:
+        return crop(path.read_bytes(), size, centre_box)
+    except Exception as error:  # whatever Pillow raises on broken data
+        reason = str(error).split("\n")[0][:200]
+        raise ValueError(f"{path} cannot be read as an image: {reason}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,6 +10,8 @@ from capi_kernels.sinkhorn import assignments_from_potentials, sinkhorn_position
 from capi_kernels.student_loss import student_loss
 from capi_kernels.visible_attention import visible_attention, visible_attention_qkvpacked
 
+__version__ = "0.1.0"
+
 __all__ = [
     "ClusteringHead",
     "Potentials",

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import math
 
 import pytest
@@ -11,6 +12,7 @@ from capi.config import (
     RunConfig,
     ScheduleConfig,
     check_config,
+    config_of,
     load_config,
     micro_batch_size,
     to_yaml,
@@ -25,7 +27,7 @@ def test_defaults_of_the_code_are_the_papers_vitl14() -> None:
 
 def test_micro_batches_hold_what_a_gpu_of_the_paper_held() -> None:
     for world_size, size in ((1, 512), (32, 512), (64, 256)):
-        config = load_config(["--config", "vitl14"])
+        config = load_config(["--config", "vitl14", "--data.source", "folder:images"])
         check_config(config, world_size)
         assert micro_batch_size(config, world_size) == size
     config = load_config(["--optim.batch_size", "12", "--run.micro_batch_size", "5"])
@@ -46,7 +48,7 @@ def test_tiny_is_the_preset_without_a_config() -> None:
     ],
 )
 def test_presets_hold_the_papers_values(preset, width, heads, encoder, predictor, lr, momentum, clustering_lr) -> None:
-    config = load_config(["--config", preset])
+    config = load_config(["--config", preset, "--data.source", "folder:images"])
     assert (config.model.embed_dim, config.model.num_heads) == (width, heads)
     assert (config.model.encoder_depth, config.model.predictor_depth) == (encoder, predictor)
     assert (config.optim.lr.base, config.optim.momentum.base, config.optim.clustering_lr.base) == (
@@ -75,6 +77,12 @@ def test_options_override_the_preset_and_the_yaml_reads_back(tmp_path) -> None:
         (["--optim.batch_size", "many"], "optim.batch_size"),
         (["--masking.kind", "stripes"], "masking.kind"),
         (["--config", "no-such-preset"], "no-such-preset"),
+        (["--config", "vitL14"], "--config takes a YAML file or a preset (tiny, vitb14, vitl14, vits14), got vitL14"),
+        (["--config", "."], "--config takes a YAML file or a preset"),
+        (["--optim.step", "5"], "--optim.step"),
+        (["--optim.lr", "1e-3"], "for its peak set optim.lr.base 1e-3"),
+        (["--optim.momentum=0.9"], "for its peak set optim.momentum.base 0.9"),
+        (["--optim.lr", "{base: 0.1, base: 0.2}"], "optim.lr.base is given twice"),
     ],
 )
 def test_a_wrong_option_stops_with_its_name(argv, named, capsys) -> None:
@@ -89,6 +97,73 @@ def test_an_unknown_key_of_a_file_stops_with_its_name(tmp_path, capsys) -> None:
     with pytest.raises(SystemExit):
         load_config(["--config", str(tmp_path / "bad.yaml")])
     assert "batchsize" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "optim:\n  steps: 3\ndata:\n  hflip: true\noptim:\n  betas: [0.9, 0.9]\n",
+            "optim is given twice, in lines 1 and 5",
+        ),
+        ("optim:\n  steps: 3\n  steps: 4\n", "optim.steps is given twice, in lines 2 and 3"),
+        ("optim:\n  lr:\n    base: 0.1\n    base: 0.1\n", "optim.lr.base is given twice, in lines 3 and 4"),
+        ("optim: {lr: {base: 0.1}, lr: {final: 0.1}}\n", "optim.lr is given twice, in lines 1 and 1"),
+        ("optim:\n  lr: 1e-3\n", "for its peak set optim.lr.base 1e-3"),
+        ("optim: [1\n", "cannot be read as YAML"),
+        ("optim: &again\n  lr: *again\n", "an alias stands within what it names"),
+    ],
+)
+def test_a_file_that_says_two_things_stops_with_the_place(text, message, tmp_path, capsys) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(SystemExit):
+        load_config(["--config", str(tmp_path / "bad.yaml")])
+    error = capsys.readouterr().err
+    assert message in error
+    assert "bad.yaml" in error or "peak" in error
+
+
+def test_one_default_may_serve_two_schedules(tmp_path) -> None:
+    """An alias is no second key."""
+    (tmp_path / "shared.yaml").write_text("optim:\n  lr: &same {base: 0.1, warmup_steps: 7}\n  clustering_lr: *same\n")
+    optim = load_config(["--config", str(tmp_path / "shared.yaml")]).optim
+    assert optim.lr == optim.clustering_lr == ScheduleConfig(base=0.1, warmup_steps=7)
+
+
+@pytest.mark.parametrize(("preset", "steps"), [("tiny", 4), ("vits14", 1000)])
+def test_a_short_run_needs_its_number_of_steps_alone(preset, steps, caplog) -> None:
+    config = load_config(["--config", preset, "--optim.steps", str(steps), "--data.source", "synthetic"])
+    check_config(config)
+    schedules = (config.optim.lr, config.optim.momentum, config.optim.clustering_lr)
+    assert {schedule.warmup_steps for schedule in schedules} == {steps // 10}
+    (record,) = caplog.records
+    assert f"optim.steps {steps} is too short for the warm-up of optim.lr (" in record.message
+    assert load_config(["--config", preset]).optim.lr.warmup_steps in (100, 50_000)
+
+
+def test_a_warm_up_that_an_option_states_is_not_shortened() -> None:
+    config = load_config(["--optim.steps", "40", "--optim.momentum.warmup_steps=50"])
+    assert (config.optim.lr.warmup_steps, config.optim.momentum.warmup_steps) == (4, 50)
+    with pytest.raises(ValueError, match=r"optim.momentum: 0 frozen and 50 warm-up steps do not fit in optim.steps 40"):
+        check_config(config)
+
+
+@pytest.mark.parametrize("preset", ["vits14", "vitb14", "vitl14"])
+def test_a_large_model_is_not_trained_on_scenes_by_oversight(preset) -> None:
+    with pytest.raises(ValueError, match=r"data.source must name the images \(folder:PATH, .*\), got none"):
+        check_config(load_config(["--config", preset]))
+    check_config(load_config(["--config", preset, "--data.source", "synthetic"]))
+    check_config(load_config([]))
+
+
+def test_a_configuration_that_a_run_kept_is_read_or_refused_in_one_line() -> None:
+    config = load_config(["--config", "vitb14", "--masking.mask_ratio", "[0.5, 0.7]"])
+    kept = json.loads(json.dumps(dataclasses.asdict(config)))
+    assert config_of(kept) == config
+    for group, field, value in (("model", "swiglu", True), ("optim", "steps", "many")):
+        with pytest.raises(ValueError, match=field) as refusal:
+            config_of({**kept, group: {**kept[group], field: value}})
+        assert "\n" not in str(refusal.value)
 
 
 def test_help_explains_every_field(capsys) -> None:
@@ -119,6 +194,8 @@ def test_help_explains_every_field(capsys) -> None:
         (Config(optim=OptimConfig(steps=10)), "warm-up steps do not fit in optim.steps 10"),
         (Config(optim=OptimConfig(lr=ScheduleConfig(warmup_steps=-1))), "must not be negative"),
         (Config(run=RunConfig(log_every=0)), "run.log_every must be at least 1, got 0"),
+        (Config(optim=OptimConfig(lr=ScheduleConfig(base=math.nan))), "optim.lr.base must be finite, got nan"),
+        (Config(optim=OptimConfig(lr=ScheduleConfig(base=-0.1))), "optim.lr.base must not be negative, got -0.1"),
     ],
 )
 def test_values_that_do_not_fit_together(config, message) -> None:

@@ -1,13 +1,16 @@
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from einops import rearrange
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from capi import evaluate
-from capi.checkpoint import save_encoder
+from capi import evaluate, pretrained
+from capi.checkpoint import save_checkpoint, save_encoder
 from capi.config import Config, load_config, to_yaml
 from capi.evaluate import (
     accuracy,
@@ -69,6 +72,83 @@ def test_patch_labels_are_majorities():
     labels[0, 2:, 4:] = 2
     labels[0, 3, 0] = 1
     assert patch_labels(labels, 2, 3).tolist() == [[[0, 1, 0], [0, 0, 2]]]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_labels_of_any_integer_type(dtype):
+    labels = torch.tensor([0, 130, 199, 130]).to(torch.uint8)
+    bank = torch.eye(4)
+    assert knn_predict(bank, labels.to(dtype), bank, 200, k=1).tolist() == [0, 130, 199, 130]
+    assert mean_iou(labels.to(dtype), labels.to(dtype), 200) == 1
+    assert accuracy(labels.to(dtype), labels.to(dtype), 200) == 1
+    assert patch_labels(labels.to(dtype).view(1, 2, 2), 2, 200).tolist() == [[[130]]]
+
+
+@pytest.mark.parametrize("mark", [-1, 255])
+def test_what_is_not_labelled_is_left_out(mark):
+    labels, predicted = torch.tensor([0, 1, mark, 1]), torch.tensor([0, 1, 1, 0])
+    assert accuracy(predicted, labels, 2) == pytest.approx(2 / 3)
+    assert mean_iou(predicted, labels, 2) == pytest.approx((1 / 2 + 1 / 2) / 2)
+    bank = torch.tensor([[0.9, 0.1], [0.0, 1.0], [1.0, 0.0]])
+    # The nearest item has no label, and neither votes nor takes the place of one that has.
+    assert knn_predict(bank, torch.tensor([1, 0, mark]), bank[2:], 2, k=1).item() == 1
+    pixels = torch.tensor([[[mark, mark, mark, mark], [mark, 1, mark, mark]]])
+    assert patch_labels(pixels, 2, 2).tolist() == [[[1, -1]]]
+
+
+def test_255_is_a_class_where_there_are_more():
+    labels = torch.tensor([255, 3])
+    assert accuracy(torch.tensor([255, 0]), labels, 300) == 0.5
+    assert mean_iou(labels, labels, 300) == 1
+    assert knn_predict(torch.eye(2), labels, torch.eye(2), 300, k=1).tolist() == [255, 3]
+
+
+def test_labels_and_predictions_that_are_no_class():
+    labels, wrong = torch.tensor([0, 1, 2]), torch.tensor([0, 1, 3])
+    features = torch.eye(3)
+    for refused in (
+        lambda: mean_iou(labels, wrong, 3),
+        lambda: knn_predict(features, wrong, features, 3),
+        lambda: accuracy(labels, wrong, 3),
+        lambda: patch_labels(wrong.view(1, 1, 3), 1, 3),
+    ):
+        with pytest.raises(ValueError, match=r"labels must be classes from 0 to 2, or -1 or 255 .*; got 3"):
+            refused()
+    for predicted in (wrong, wrong - 1):
+        with pytest.raises(ValueError, match="predictions must be classes from 0 to 2, got"):
+            mean_iou(predicted, labels, 3)
+    for refused in (
+        lambda: mean_iou(labels, labels * 0 - 1, 3),
+        lambda: accuracy(labels, labels * 0 - 1),
+        lambda: knn_predict(features, labels * 0 + 255, features, 3),
+    ):
+        with pytest.raises(ValueError, match="at least one labelled item"):
+            refused()
+    with pytest.raises(ValueError, match="k must be at least 1, got 0"):
+        knn_predict(features, labels, features, 3, k=0)
+
+
+class LargestTensor(TorchDispatchMode):
+    """The bytes of the largest tensor that an operation returns."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.bytes = max(self.bytes, result.numel() * result.element_size())
+        return result
+
+
+def test_labels_of_patches_take_the_memory_of_some_images():
+    """Of all at once, one-hot, these would take 0.6 GB, and 2048 images 13 GB."""
+    pixels = torch.randint(0, 16, (100, 224, 224), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with LargestTensor() as largest:
+        labels = patch_labels(pixels, 14, 16)
+    assert largest.bytes < 2**26
+    first = pixels[90, 14:28, 28:42].flatten().long().bincount(minlength=16)
+    assert labels.shape == (100, 16, 16)
+    assert labels[90, 1, 2] == first.argmax()
 
 
 class Patches(nn.Module):
@@ -162,24 +242,71 @@ def test_table_has_a_row_a_feature():
     assert table[3] == "| raw pixels | 1.000 | 1.000 | 1.000 |"
 
 
-def test_a_run_folder_is_evaluated_from_its_files(small, tmp_path, capsys):
+@pytest.fixture
+def smallest(small, monkeypatch) -> Config:
+    for name, value in {"BANK_IMAGES": 48, "QUERY_IMAGES": 32, "BANK_PATCHES": 256, "QUERY_PATCHES": 128}.items():
+        monkeypatch.setattr(evaluate, f"_{name}", value)
+    return small
+
+
+def write_run(run_dir: Path, config: Config) -> tuple[CAPI, str]:
+    """A checkpoint and a configuration as training leaves them, and the table of its moving average."""
     torch.manual_seed(5)
-    trained = CAPI(small.model, small.clustering).init_weights()
+    model = CAPI(config.model, config.clustering).init_weights()
     with torch.no_grad():
-        for parameter in trained.student_ema.parameters():
+        for parameter in model.student_ema.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    save_encoder(tmp_path / "encoder.safetensors", trained.student_ema, small.model)
-    (tmp_path / "config.yaml").write_text(to_yaml(small))
-    assert main([str(tmp_path)]) == 0
-    printed = capsys.readouterr().out
-    torch.manual_seed(small.run.seed)
-    untrained = CAPI(small.model, small.clustering).init_weights().student.backbone
-    backbones = {"trained": trained.student_ema.backbone.eval(), "untrained": untrained.eval()}
-    assert format_table(evaluate_synthetic(small, backbones)) in printed
-    assert len(set(printed.splitlines()[4:6])) == 2
+    state = {"step": 3, "trainer": {"model": model.state_dict()}, "config": yaml.safe_load(to_yaml(config))}
+    save_checkpoint(run_dir, 3, state, keep=1)
+    (run_dir / "config.yaml").write_text(to_yaml(config))
+    torch.manual_seed(config.run.seed)
+    untrained = CAPI(config.model, config.clustering).init_weights().student.backbone.eval()
+    return model, format_table(
+        evaluate_synthetic(config, {"trained": model.student_ema.backbone.eval(), "untrained": untrained})
+    )
 
 
-def test_an_unfinished_run_is_refused(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        main([str(tmp_path)])
-    assert f"expected config.yaml of a finished training in {tmp_path}, found none" in capsys.readouterr().err
+def test_a_run_folder_a_checkpoint_and_an_encoder_give_one_table(smallest, tmp_path, capsys):
+    model, table = write_run(tmp_path, smallest)
+    assert main([str(tmp_path), str(tmp_path / "checkpoints" / "step_000000003.pt")]) == 0
+    assert capsys.readouterr().out.count(table) == 2
+    assert len(set(table.splitlines()[2:4])) == 2
+    save_encoder(tmp_path / "encoder.safetensors", model.student_ema, smallest.model)
+    (tmp_path / "checkpoints" / "step_000000003.pt").unlink()
+    assert main([str(tmp_path), str(tmp_path / "encoder.safetensors")]) == 0
+    assert capsys.readouterr().out.count(table) == 2
+
+
+def test_an_encoder_alone_is_evaluated_at_the_size_that_is_asked_for(smallest, tmp_path, capsys):
+    model, table = write_run(tmp_path / "run", smallest)
+    save_encoder(tmp_path / "moved.safetensors", model.student_ema, smallest.model)
+    assert main([str(tmp_path / "moved.safetensors"), "--image_size", "16"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    # The untrained encoder is another: the run's seed and prototypes, which decide on its weights, are not known.
+    rows = [row for row in table.splitlines() if "untrained" not in row]
+    assert [row for row in printed if row in rows] == rows
+    weights = pretrained.read(tmp_path / "moved.safetensors")
+    assert pretrained.configuration_of(weights).data.image_size == 16 * smallest.model.patch_size
+
+
+def test_what_cannot_be_evaluated_is_one_line(smallest, tmp_path, capsys):
+    model, _ = write_run(tmp_path / "run", smallest)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "page.pth").write_text("<html>")
+    other, text = tmp_path / "other", tmp_path / "text"
+    for folder, config in (other, to_yaml(load_config([]))), (text, "no configuration"):
+        folder.mkdir()
+        save_encoder(folder / "encoder.safetensors", model.student_ema, smallest.model)
+        (folder / "config.yaml").write_text(config)
+    for arguments, message in (
+        ([tmp_path / "empty"], f"expected encoder.safetensors or checkpoints/step_*.pt in {tmp_path / 'empty'}, found"),
+        ([tmp_path / "page.pth"], "an HTML or XML page"),
+        ([tmp_path / "run", "--image_size", "18"], "the image size must be a multiple of the patch size 4, got 18"),
+        ([other], "do not fit the model configuration: it says patch_size 8, they have 4"),
+        ([text], "must hold the configuration of a run, got no configuration"),
+    ):
+        assert main([str(argument) for argument in arguments]) == 1
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1

@@ -340,6 +340,23 @@ def test_images_are_normalised_to_imagenet_statistics() -> None:
         torch.testing.assert_close(back, images[:, channel].float(), rtol=0, atol=1e-3)
 
 
+def test_one_image_is_normalised_as_a_batch_is() -> None:
+    images = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+    assert torch.equal(normalize_images(images[0]), normalize_images(images)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int64, torch.int8])
+def test_images_of_an_unknown_range_are_not_normalised(dtype) -> None:
+    with pytest.raises(TypeError, match=f"must be a tensor of torch.uint8, with values from 0 to 255, got {dtype}"):
+        normalize_images(torch.rand(2, 3, 4, 4).to(dtype))
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 4, 4), (2, 4, 4, 4), (2, 4, 4, 3), (1, 4, 4)])
+def test_images_of_other_channels_are_not_normalised(shape) -> None:
+    with pytest.raises(ValueError, match=r"must have the shape \[..., 3, height, width\], got \("):
+        normalize_images(torch.zeros(shape, dtype=torch.uint8))
+
+
 def test_bytes_are_normalised_on_the_way() -> None:
     torch.manual_seed(0)
     backbone = Backbone(SHAPE).init_weights()

@@ -28,7 +28,7 @@ TINIEST = """
 model: {patch_size: 4, embed_dim: 16, num_heads: 2, encoder_depth: 1, predictor_depth: 1, n_registers: 4,
         drop_path_rate: 0.3}
 masking: {mask_ratio: [0.5, 0.7], prediction_subsampling: 0.5}
-data: {image_size: 16, num_workers: 0, synthetic_size: 64}
+data: {source: synthetic, image_size: 16, num_workers: 0, synthetic_size: 64}
 clustering: {n_prototypes: 16}
 optim:
   steps: 6

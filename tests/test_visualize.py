@@ -1,4 +1,5 @@
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -6,8 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+from capi.checkpoint import save_encoder
+from capi.config import ModelConfig
 from capi.metrics import read_metrics
-from capi.visualize import _curves, _principal_colours, plot_curves, plot_pca_maps
+from capi.model import Student
+from capi.visualize import _curves, _principal_colours, main, plot_curves, plot_pca_maps
 
 
 def read(png: Path) -> np.ndarray:
@@ -122,3 +126,62 @@ def test_every_image_stands_beside_its_map(tmp_path, n_images):
         for row, column in (0, 0), (0, 1), (1, 0), (1, 1):
             shown = beside[top + height // 4 + row * height // 2, width // 4 - 10 + column * width // 2]
             assert np.abs(shown - colours[i, row, column]).max() <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_maps_of_any_precision_also_with_a_gradient(tmp_path, dtype):
+    images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    plot_pca_maps(images, torch.randn(1, 2, 2, 4).to(dtype).requires_grad_(), tmp_path / "maps.png")
+    assert read(tmp_path / "maps.png").std() > 0
+
+
+def test_what_cannot_be_drawn(tmp_path):
+    images, maps = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.randn(2, 2, 2, 4)
+    with pytest.raises(TypeError, match=r"images must be torch.uint8, got torch.float32"):
+        plot_pca_maps(images.float(), maps, tmp_path / "maps.png")
+    with pytest.raises(ValueError, match="as many images as feature maps, got 0 and 0"):
+        plot_pca_maps(images[:0], maps[:0], tmp_path / "maps.png")
+    maps[1, 0, 0, 0] = math.nan
+    with pytest.raises(ValueError, match="must be finite"):
+        plot_pca_maps(images, maps, tmp_path / "maps.png")
+    assert not (tmp_path / "maps.png").exists()
+
+
+SHAPE = ModelConfig(patch_size=4, embed_dim=16, num_heads=2, encoder_depth=2, predictor_depth=1, n_registers=4)
+
+
+def test_the_command_line_draws_images_of_any_size(tmp_path, capsys):
+    torch.manual_seed(0)
+    student = Student(SHAPE, 8)
+    student.backbone.init_weights()
+    student.head.init_weights()
+    save_encoder(tmp_path / "encoder.safetensors", student, SHAPE)
+    images = [Image.new("RGB", (90, 60), (200, 10, 30)), Image.effect_noise((70, 80), 90), Image.new("P", (64, 64))]
+    paths = [str(tmp_path / f"{i}.png") for i in range(3)]
+    for image, path in zip(images, paths, strict=True):
+        image.save(path)
+    arguments = [str(tmp_path), *paths, "--output", str(tmp_path / "maps.png")]
+    assert main(arguments) == 0
+    assert "wrote" in capsys.readouterr().out
+    picture = read(tmp_path / "maps.png")
+    assert (picture == [200, 10, 30]).all(axis=2).sum() > 5000
+    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 300
+    first = (tmp_path / "maps.png").read_bytes()
+    assert main([*arguments, "--image_size", "64"]) == 0
+    assert (tmp_path / "maps.png").read_bytes() == first
+    assert main([*arguments, "--image_size", "32"]) == 0
+    assert (tmp_path / "maps.png").read_bytes() != first
+
+    (tmp_path / "3.png").write_text("no image")
+    for faulty, message in (
+        ([str(tmp_path), str(tmp_path / "3.png"), *arguments[-2:]], "3.png cannot be read as an image"),
+        ([str(tmp_path), str(tmp_path / "4.png"), *arguments[-2:]], "4.png"),
+        ([str(tmp_path / "none"), *arguments[1:]], "expected the path of"),
+        ([*arguments, "--image_size", "30"], "must be a multiple of the patch size 4, got 30"),
+        ([*arguments[:-1], str(tmp_path / "no" / "maps.png")], "maps.png"),
+    ):
+        assert main(faulty) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert message in error
+        assert error.count("\n") == 1

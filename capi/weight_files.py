@@ -1,0 +1,203 @@
+"""Files that hold an encoder, in the forms in which people have them: found, read, searched for its weights.
+
+A file may be an exported encoder, a training checkpoint, or a PyTorch state dict: bare, nested in others, with the
+prefixes of whatever wrapped the model. No code from a file is run.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from capi.checkpoint import newest_checkpoint
+from capi.config import ModelConfig
+
+# What DataParallel, torch.compile, FSDP and activation checkpointing put between the names of modules.
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_NO_WEIGHTS = {
+    b"<": "it is an HTML or XML page",
+    b"version https://git-lfs": "it is a Git LFS pointer; git lfs pull brings the file",
+}
+
+
+@dataclass(frozen=True)
+class EncoderWeights:
+    """An encoder's weights as they stand in a file."""
+
+    path: Path
+    kind: str
+    """What the file is, in words."""
+    taken: str
+    """The name of the encoder within it; empty where it is all there is."""
+    state: dict[str, Tensor]
+    """By the keys of `Backbone`; may lie in the mapped file."""
+    shape: ModelConfig
+    run_config: Mapping | None
+    """The configuration of the run, where it stands in the file."""
+
+    def __str__(self) -> str:
+        shape = self.shape
+        taken = f", of which {self.taken} is taken" if self.taken else ""
+        return (
+            f"{self.path}: {self.kind}{taken}; encoder {shape.encoder_depth} x {shape.embed_dim}, predictor "
+            f"{shape.predictor_depth} x {shape.embed_dim}, {shape.num_heads} heads, {shape.n_registers} registers, "
+            f"patches of {shape.patch_size}"
+        )
+
+
+def find_file(path: Path) -> Path:
+    """The file itself, or of a run folder its exported encoder or newest checkpoint; ValueError if there is none."""
+    path = path.expanduser()
+    if not path.is_dir():
+        return path
+    if (path / "encoder.safetensors").is_file():
+        return path / "encoder.safetensors"
+    newest = newest_checkpoint(path.parent if path.name == "checkpoints" else path)
+    if newest is None:
+        raise ValueError(f"expected encoder.safetensors or checkpoints/step_*.pt in {path}, found neither")
+    return newest
+
+
+def read_weights(path: Path) -> EncoderWeights:
+    """Reads the encoder of a file; of several the moving average, which is the teacher.
+
+    Raises:
+        ValueError: the file cannot be read, holds anything but tensors and plain values, no encoder or several, or
+            says another shape of model than its weights have.
+    """
+    content, metadata = _load(path)
+    kind, run_config, declared = "a state dict", None, {}
+    if "config" in metadata:
+        kind, declared = "an exported encoder", _parse(metadata["config"], path)
+    elif isinstance(content, Mapping) and {"trainer", "step", "config"} <= content.keys():
+        kind, run_config = f"a training checkpoint after step {content['step']}", content["config"]
+        declared = run_config.get("model") if isinstance(run_config, Mapping) else None
+        if not isinstance(declared, Mapping):
+            raise ValueError(f"{path} is a training checkpoint whose configuration of the model is missing")
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in _tensors(content, path):
+        if name in tensors:
+            raise ValueError(f"{path} holds the weights {name} twice, once in a wrapper")
+        tensors[name] = tensor
+    prefix = _encoder_prefix(tensors, path)
+    state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    if not prefix:
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
+    shape = _shape(state, path)
+    if unknown := declared.keys() - asdict(shape).keys():
+        fields = ", ".join(sorted(map(str, unknown)))
+        raise ValueError(f"{path} is of a newer version: its model's configuration has the unknown {fields}")
+    _compare(declared, shape, f"the configuration in {path} does not fit its weights")
+    return EncoderWeights(path, kind, prefix.removesuffix("."), state, shape, run_config)
+
+
+def check_shape(config: ModelConfig, weights: EncoderWeights) -> None:
+    """Raises ValueError if the weights are not those of a model of this configuration."""
+    _compare(asdict(config), weights.shape, f"the weights of {weights.path} do not fit the model configuration")
+
+
+def _compare(stated: Mapping, shape: ModelConfig, failure: str) -> None:
+    for name, value in asdict(shape).items():
+        if name in stated.keys() - {"drop_path_rate"} and stated[name] != value:
+            raise ValueError(f"{failure}: it says {name} {stated[name]}, they have {value}")
+
+
+def _load(path: Path) -> tuple[object, dict[str, str]]:
+    """What a file of safetensors or of torch.save holds, and the former's metadata."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+        if start[8:9] == b"{":  # after the length of a header of safetensors, which may look like text
+            with safe_open(path, "pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        if not start:
+            raise ValueError("it is empty")
+        for beginning, what in _NO_WEIGHTS.items():
+            if start.lstrip().startswith(beginning):
+                raise ValueError(what)
+        # A Namespace of options often lies beside weights, and is data alone.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            # Mapped: of a training checkpoint the encoder is the sixth part.
+            zipped = start.startswith(b"PK")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped), {}
+    except UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if found is None:
+            raise ValueError(f"{path} cannot be read as weights: no file of safetensors or torch.save") from error
+        raise ValueError(
+            f"{path} holds a pickled {found[1]}, and unpickling it could run code; expected tensors alone, as "
+            "torch.save(model.state_dict(), path) writes them"
+        ) from error
+    except Exception as error:  # whatever a damaged file makes the loaders raise
+        reason = str(error).split("\n")[0][:200] or type(error).__name__
+        raise ValueError(f"{path} cannot be read as weights: {reason}") from error
+
+
+def _parse(config: str, path: Path) -> Mapping:
+    try:
+        declared = json.loads(config)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the configuration in {path} is not JSON: {config[:80]}") from error
+    if not isinstance(declared, dict):
+        raise ValueError(f"the configuration in {path} must be a JSON object, got {config[:80]}")
+    return declared
+
+
+def _tensors(content: object, path: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of nested dictionaries, by their dotted names without wrappers."""
+    stack = [((), content)]
+    while stack:
+        names, value = stack.pop()
+        if len(names) > 100:
+            raise ValueError(f"{path} holds dictionaries nested without end")
+        if isinstance(value, Tensor):
+            parts = [part for name in names for part in str(name).split(".")]
+            yield ".".join(part for part in parts if part not in _WRAPPERS), value
+        elif isinstance(value, Mapping):
+            stack += [((*names, name), child) for name, child in value.items()]
+
+
+def _encoder_prefix(tensors: Mapping[str, Tensor], path: Path) -> str:
+    """What stands before the encoder's names."""
+    last = "patch_embed.weight"
+    prefixes = [name.removesuffix(last) for name in tensors if name == last or name.endswith(f".{last}")]
+    prefixes = [prefix for prefix in prefixes if any(name.startswith(f"{prefix}encoder.blocks.") for name in tensors)]
+    if not prefixes:
+        found = f"{len(tensors)} tensors, such as {min(tensors)}" if tensors else "no tensors"
+        raise ValueError(f"{path} holds no encoder of CAPI: expected names such as backbone.{last}, got {found}")
+
+    def rank(prefix: str) -> int:
+        words = re.split(r"[._]", prefix.lower())
+        return 0 if "ema" in words else 1 if "teacher" in words else 2
+
+    best = [prefix for prefix in prefixes if rank(prefix) == min(map(rank, prefixes))]
+    if len(best) > 1:
+        names = ", ".join(sorted(prefix.removesuffix(".") or "one without a prefix" for prefix in best)[:5])
+        raise ValueError(f"{path} holds several encoders, none of them called ema or teacher alone: {names}")
+    return best[0]
+
+
+def _shape(state: Mapping[str, Tensor], path: Path) -> ModelConfig:
+    """The configuration of the model whose weights these are."""
+    try:
+        dim, _, patch_size, _ = state["patch_embed.weight"].shape
+        _, n_registers, _ = state["registers"].shape
+        _, head_dim = state["encoder.blocks.0.residual1.fn.rope.freqs"].shape
+        heads = dim // head_dim
+    except (KeyError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"the shape of the model cannot be told from the weights of {path}: expected patch_embed.weight "
+            "[dim, 3, patch, patch], registers [1, n, dim] and encoder.blocks.0.residual1.fn.rope.freqs [2, head_dim]"
+        ) from error
+    depths = [
+        len({name.split(".")[2] for name in state if name.startswith(f"{stack}.blocks.")})
+        for stack in ("encoder", "decoder")
+    ]
+    return ModelConfig(patch_size, dim, heads, *depths, n_registers=n_registers, drop_path_rate=0.0)
