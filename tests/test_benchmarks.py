@@ -11,11 +11,11 @@ from numerics import assert_as_accurate
 
 pytest.importorskip("pytest_benchmark")
 
-from benchmarks import costs, measure, peers, report
+from benchmarks import costs, measure, official_model, peers, report
 from benchmarks.attention import AttentionCase
 from benchmarks.heads import HeadCase, enter_sinkhorn, enter_student_loss
 from benchmarks.measure import OURS, Contestant, Measurement, Unavailable, race
-from benchmarks.official_step import OfficialStep, cast_parameters, restated_groups, restated_model
+from benchmarks.official_step import OfficialStep, cast_parameters
 from benchmarks.shapes import Logits
 from benchmarks.train_step import configuration, draw_batch, our_step
 from capi.distributed import World
@@ -161,7 +161,7 @@ def test_the_official_step_is_ours() -> None:
 
 def test_the_restated_step_groups_parameters_as_ours() -> None:
     config = configuration("tiny", 6, CPU, torch.float32)
-    model, trainer = restated_model(config), Trainer(config, World(0, 1, CPU))
+    model, trainer = official_model.build_model(config), Trainer(config, World(0, 1, CPU))
 
     def multipliers(student: torch.nn.Module, groups: list[dict], decay: str) -> dict[str, tuple[float, float]]:
         names = {parameter: name for name, parameter in student.named_parameters()}
@@ -169,7 +169,7 @@ def test_the_restated_step_groups_parameters_as_ours() -> None:
 
     ours = multipliers(trainer.model.student, trainer.optimizers[0].param_groups, "weight_decay")
     ours = {name: (lr, pytest.approx(decay / config.optim.weight_decay)) for name, (lr, decay) in ours.items()}
-    theirs = multipliers(model["student"], restated_groups(model["student"], config), "wd_multiplier")
+    theirs = multipliers(model["student"], official_model.parameter_groups(model["student"], config), "wd_multiplier")
     assert {lr for name, (lr, _) in theirs.items() if "rope" in name} == {0.0}
     assert {name: x for name, x in theirs.items() if "rope" not in name} == ours
 
