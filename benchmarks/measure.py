@@ -123,10 +123,10 @@ def race(
             contestant = enter()
             if device.type == "cuda":
                 contestant.run(*contestant.operands(0))  # Compiles; checking itself has warmed up the rest.
+            memory, host = peak_memory(contestant, device, before), host_seconds(contestant, device)
             compiled = compilation()
             if name != OURS and compiled.breaks:
                 raise Failed(f"expected 0 graph breaks, got {compiled.breaks}: {'; '.join(compiled.reasons)}")
-            memory, host = peak_memory(contestant, device, before), host_seconds(contestant, device)
             watch = stopwatch(contestant, device)
             entered[name] = contestant, watch, Measurement([], memory, host, watch.how, compiled)
             if one_at_a_time:

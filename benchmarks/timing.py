@@ -95,34 +95,45 @@ class AfterSpin:
     """Device events around a call that the host launched while the device spun, for what no graph can hold.
 
     Raises:
-        Unavailable: the time still depends on how long the device spins: the call waits for the device.
+        Unavailable: the host is not through before the spin is, however long: the call waits for the device. Or the
+            time depends on how long the device spins.
     """
 
     TOLERANCE = 0.03
     DOUBLINGS = 5
 
     def __init__(self, contestant: Contestant, device: torch.device, host: float, reason: str):
-        self.contestant, self.device = contestant, device
+        self.contestant, self.device, self.reason = contestant, device, reason
         cycles_per_second = SPIN_CYCLES / _between_events(device, lambda: torch.cuda._sleep(SPIN_CYCLES))
         self.cycles = int(cycles_per_second * (2 * host + 5e-4))
-        for _ in range(self.DOUBLINGS):
-            once = statistics.median(self.seconds(i) for i in range(5))
-            self.cycles *= 2
-            twice = statistics.median(self.seconds(i) for i in range(5))
-            if abs(once - twice) <= self.TOLERANCE * twice:
-                break
-        else:
-            raise Unavailable(
-                f"its launches cannot be hidden: {once * 1e6:.0f} us after a spin, {twice * 1e6:.0f} us after one "
-                f"twice as long; no CUDA graph can hold it: {reason}"
-            )
+        once = self._median()
+        self.cycles *= 2
+        twice = self._median()
+        if abs(once - twice) > self.TOLERANCE * twice:
+            raise self._unavailable(f"{once * 1e6:.0f} us after a spin, {twice * 1e6:.0f} us after one twice as long")
         self.how = f"after a spin of {self.cycles / cycles_per_second * 1e3:.1f} ms, as no graph can hold it: {reason}"
 
     def seconds(self, round_number: int) -> float:
-        operands = self.contestant.operands(round_number)
-        return _between_events(
-            self.device, lambda: self.contestant.run(*operands), lambda: torch.cuda._sleep(self.cycles)
-        )
+        for _ in range(self.DOUBLINGS):
+            operands = self.contestant.operands(round_number)
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize(self.device)
+            torch.cuda._sleep(self.cycles)
+            start.record()
+            self.contestant.run(*operands)
+            end.record()
+            hidden = not start.query()
+            end.synchronize()
+            if hidden:
+                return start.elapsed_time(end) / 1e3
+            self.cycles *= 2
+        raise self._unavailable("the host is never through before a spin is")
+
+    def _median(self) -> float:
+        return statistics.median(self.seconds(i) for i in range(5))
+
+    def _unavailable(self, why: str) -> Unavailable:
+        return Unavailable(f"its launches cannot be hidden: {why}; no CUDA graph can hold it: {self.reason}")
 
 
 Stopwatch = WallClock | GraphReplays | AfterSpin
