@@ -119,7 +119,9 @@ def gpu_test_command(processes: int) -> tuple[str, ...]:
     return *PYTEST, "-m", "gpu", "--continue-on-collection-errors", "--durations=10", *parallel, *files
 
 
-def tests_and_steps(run: Run, tests: tuple[str, ...] | None, steps: dict[str, tuple[str, ...]], threads: int) -> None:
+def steps_beside_tests(
+    run: Run, tests: tuple[str, ...] | None, steps: dict[str, tuple[str, ...]], threads: int
+) -> None:
     """Tests beside steps that compile; when all is quiet, the steps one by one, in this order."""
     with tempfile.TemporaryDirectory() as folder:
         few = {"OMP_NUM_THREADS": str(threads), "TORCHINDUCTOR_COMPILE_THREADS": str(threads)}
@@ -187,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
     cores = os.cpu_count() or 1
     steps = {name: step(run, name) for name in arguments.steps} if "steps" in arguments.stages else {}
     tests = gpu_test_command(min(arguments.processes, cores)) if "tests" in arguments.stages else None
-    tests_and_steps(run, tests, steps, threads=max(1, cores // 4))
+    steps_beside_tests(run, tests, steps, threads=max(1, cores // 4))
     for stage, share in (("heads", HEADS_BY), ("attention", 1.0)):
         if stage in arguments.stages:
             operations(run, stage, run.at(share))

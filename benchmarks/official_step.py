@@ -64,9 +64,8 @@ class OfficialStep:
 
     Args:
         state: of a `capi.model.CAPI`, to start from.
-        compiled: teacher and student under torch.compile, as in the official settings.
+        backend: of torch.compile, for teacher and student, with the official settings; None runs them as they are.
         recompute: blocks recompute in the backward pass what the official settings do.
-        backend: of torch.compile.
     """
 
     def __init__(
@@ -76,9 +75,8 @@ class OfficialStep:
         device: torch.device,
         dtype: torch.dtype,
         *,
-        compiled: bool,
+        backend: str | Callable | None,
         recompute: bool = False,
-        backend: str | Callable = "inductor",
     ):
         self.config, self.dtype = config, dtype
         code = official_model if official_code.checkout_path() is None else official_code
@@ -106,7 +104,7 @@ class OfficialStep:
         model["teacher"].eval()
         self.model = model
         self.do_teacher, self.do_student = code.losses()
-        if compiled:
+        if backend is not None:
             # Log lines would break the graphs.
             torch._dynamo.config.ignore_logging_functions.update(LOGGERS)
             self.do_teacher, self.do_student = (

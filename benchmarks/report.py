@@ -11,6 +11,7 @@ takes the GPU measured last.
 import argparse
 import json
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -294,8 +295,10 @@ def _behind(results: Results, where: str) -> list[str]:
 
 def readme_section(folder: Path = RESULTS) -> str:
     """README's performance section: the first shape of each operation and every training step, of the newest GPU."""
-    names = sorted({path.name.split(".")[0] for path in folder.glob("*.json")})
-    machines = [read(name, folder) for name in names]
+    machines = []
+    for name in sorted({path.name.split(".")[0] for path in folder.glob("*.json")}):
+        with suppress(FileNotFoundError):
+            machines.append(read(name, folder))
     cpus = [results for results in machines if results.name == "cpu"]
     gpus = [results for results in machines if results.machine["gpu"]]
     lines = []

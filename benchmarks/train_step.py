@@ -61,16 +61,14 @@ class StepCase:
                 return our_step(trainer, images, masks, number)
         else:
             state = trainer.model.state_dict()
-            # The second graph is the student's: by then all is compiled, and what takes memory has yet to run.
-            backend = gate.behind(lookup_backend("inductor"), graph=2)
             step = official_step.OfficialStep(
                 self.config,
                 state,
                 self.device,
                 self.dtype,
-                compiled=name in ("official_compiled", "official_recomputed"),
+                # The second graph is the student's: by then all is compiled, and what takes memory has yet to run.
+                backend=None if name == "official_eager" else gate.behind(lookup_backend("inductor"), graph=2),
                 recompute=name == "official_recomputed",
-                backend=backend,
             )
             del trainer, state
             batches = [(step.prepare(images), masks) for images, masks in self.batches()]

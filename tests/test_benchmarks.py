@@ -151,7 +151,7 @@ def test_the_official_step_is_ours() -> None:
     config = configuration("tiny", 6, CPU, torch.float32, *options)
     config.model.embed_dim, config.model.n_registers = 32, 8
     trainer = Trainer(config, World(0, 1, CPU))
-    official = OfficialStep(config, trainer.model.state_dict(), CPU, torch.float32, compiled=False)
+    official = OfficialStep(config, trainer.model.state_dict(), CPU, torch.float32, backend=None)
     for step in range(100, 103):
         images, masks = draw_batch(config, step, CPU)
         ours = our_step(trainer, images, masks, step)
@@ -245,7 +245,7 @@ def test_a_run_that_fails_in_its_rounds_is_left_out_of_those_that_follow() -> No
 def compiled_step(recompute: bool, dtype: torch.dtype, *options: str) -> tuple[OfficialStep, tuple]:
     config = configuration("tiny", 6, CPU, torch.float32, *options)
     state = Trainer(config, World(0, 1, CPU)).model.state_dict()
-    step = OfficialStep(config, state, CPU, dtype, compiled=True, recompute=recompute, backend="eager")
+    step = OfficialStep(config, state, CPU, dtype, backend="eager", recompute=recompute)
     images, masks = draw_batch(config, 0, CPU)
     return step, (step.prepare(images), masks, 100)
 
