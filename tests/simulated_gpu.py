@@ -15,7 +15,7 @@ class SimulatedGpu:
     """Takes the place of torch.cuda for as long as a test runs; time passes only where it is said to."""
 
     def __init__(self, patch: pytest.MonkeyPatch):
-        self.host = self.device = 0.0
+        self.host = self.device = self.spun = 0.0
         self.capturing: list[float] | None = None
         gpu = self
 
@@ -66,7 +66,7 @@ class SimulatedGpu:
             "stream": on_stream,
             "current_stream": lambda device: stream(),
             "synchronize": lambda *_: self.synchronize(),
-            "_sleep": lambda cycles: self.launch(cycles / CYCLES_PER_SECOND),
+            "_sleep": lambda cycles: self._spin(cycles / CYCLES_PER_SECOND),
             "empty_cache": lambda: None,
             "memory_allocated": lambda device: 100,
             "max_memory_allocated": lambda device: 350,
@@ -79,6 +79,10 @@ class SimulatedGpu:
         patch.setattr(time, "sleep", self._pass)
         zeros = torch.zeros
         patch.setattr(torch, "zeros", lambda *size, device=None, **options: zeros(*size, **options))
+
+    def _spin(self, seconds: float) -> None:
+        self.spun = seconds
+        self.launch(seconds)
 
     def _pass(self, seconds: float) -> None:
         self.host += seconds

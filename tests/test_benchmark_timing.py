@@ -78,14 +78,9 @@ def test_what_waits_for_the_device_has_no_time_of_its_own(gpu: SimulatedGpu) -> 
 
 
 def test_a_time_that_depends_on_the_spin_is_none(gpu: SimulatedGpu) -> None:
-    calls = []
-
-    def run() -> None:
-        gpu.launch(100e-6 if len(calls) < 6 else 120e-6)
-        calls.append(1)
-
-    with pytest.raises(Unavailable, match="100 us after a spin, 120 us after one twice as long"):
-        timing.AfterSpin(Contestant(run), DEVICE, host=1e-3, reason="")
+    contestant = Contestant(lambda: gpu.launch(100e-6 + gpu.spun / 100))
+    with pytest.raises(Unavailable, match="125 us after a spin, 150 us after one twice as long"):
+        timing.AfterSpin(contestant, DEVICE, host=1e-3, reason="")
 
 
 def test_a_step_is_timed_as_it_comes(gpu: SimulatedGpu) -> None:

@@ -1,7 +1,10 @@
 """The benchmarks' own parts: counts, peers, the official step, the race."""
 
+import logging
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ pytest.importorskip("pytest_benchmark")
 from benchmarks import costs, measure, official_model, official_step, peers
 from benchmarks.attention import AttentionCase
 from benchmarks.heads import HeadCase, enter_sinkhorn, enter_student_loss
-from benchmarks.measure import OURS, Compiled, Failed, Measurement, race
+from benchmarks.measure import OURS, Compiled, Failed, Measurement, compilation, race
 from benchmarks.official_step import OfficialStep, cast_parameters
 from benchmarks.shapes import Logits
 from benchmarks.timing import Contestant, Unavailable
@@ -24,6 +27,7 @@ from capi.step import Trainer
 
 CPU = torch.device("cpu")
 peers_rotate = peers._rotate
+ONE_BLOCK_EACH = ("--model.encoder_depth", "1", "--model.predictor_depth", "1")
 H200 = costs.Ceilings(4300.0, 790.0, 1 << 30)
 
 
@@ -124,6 +128,22 @@ def test_peers_that_need_a_gpu_say_so() -> None:
     for name in ("varlen_attn", "xformers"):
         with pytest.raises(Unavailable, match=r"GPU only|not installed|has no"):
             peers.attention(name, layout)
+
+
+def test_xformers_is_given_the_runtime_that_it_is_linked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a PyTorch of CUDA 13 it would else find no operator."""
+    library = tmp_path / "nvidia" / "cuda_runtime" / "lib" / "libcudart.so.12"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    loaded: list[str] = []
+    monkeypatch.setattr(peers.ctypes, "CDLL", lambda path, mode: loaded.append(path))
+    monkeypatch.delitem(sys.modules, "nvidia", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        peers._load_cuda_12()
+    finally:
+        sys.modules.pop("nvidia", None)
+    assert str(library) in loaded
 
 
 @pytest.mark.parametrize("name", [OURS, "official_eager"])
@@ -271,6 +291,23 @@ def test_the_official_step_compiles_into_two_graphs_without_a_break(recompute: b
     assert race({"official_compiled": enter}, CPU, 3, 0.0)["official_compiled"].compiled == Compiled(graphs=2)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
+def test_log_lines_break_no_graph_of_the_official_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The official code has some, which is restated without."""
+    monkeypatch.delenv("CAPI_OFFICIAL", raising=False)
+    logger, do_student = logging.getLogger("official"), official_model.do_student
+
+    def talkative(*arguments: object) -> torch.Tensor:
+        logger.debug(f"a step of {len(arguments)} arguments")
+        return do_student(*arguments)
+
+    monkeypatch.setattr(official_model, "do_student", talkative)
+    step, arguments = compiled_step(False, torch.float32, *ONE_BLOCK_EACH)
+    torch._dynamo.utils.counters.clear()
+    step(*arguments)
+    assert compilation() == Compiled(graphs=2)
+
+
 def with_a_policy_that_is_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
     class Recomputed(torch.nn.Module):
         def __init__(self, block: torch.nn.Module):
@@ -305,8 +342,7 @@ def with_a_break(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_peer_whose_graph_breaks_has_failed(plant: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would run in part without the compiler."""
     plant(monkeypatch)
-    depth = ["--model.encoder_depth", "1", "--model.predictor_depth", "1"]
-    step, arguments = compiled_step(True, torch.float32, *depth)
+    step, arguments = compiled_step(True, torch.float32, *ONE_BLOCK_EACH)
 
     def enter() -> Contestant:
         step(*arguments)
