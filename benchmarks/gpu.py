@@ -116,7 +116,17 @@ def gpu_test_command(processes: int) -> tuple[str, ...]:
     """The test files that hold GPU tests, so that no other's imports are needed."""
     files = sorted(str(path) for path in (ROOT / "tests").glob("test_*.py") if "mark.gpu" in path.read_text())
     parallel = ("-n", str(processes)) if processes > 1 and find_spec("xdist") is not None else ()
-    return *PYTEST, "-m", "gpu", "--continue-on-collection-errors", "--durations=10", *parallel, *files
+    return (
+        *PYTEST,
+        "-p",
+        "no:benchmark",
+        "-m",
+        "gpu",
+        "--continue-on-collection-errors",
+        "--durations=10",
+        *parallel,
+        *files,
+    )
 
 
 def steps_beside_tests(
