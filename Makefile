@@ -2,7 +2,9 @@
 # make test [TESTS="tests/test_model.py -k ..."]: install once, lint, run the tests, a process a core.
 # make test-instruction-sets: the numerical tests as other processors would compute.
 # make bench: install once, measure operations, training step and data loading on the machine at hand.
-# make gpu [PART=train_step]: GPU tests, then benchmarks (or those of one name), with what PYTHON has installed.
+# make gpu [STAGES="tests steps heads attention report"] [OUT=FOLDER]: on a machine with a GPU, with what PYTHON has
+# installed, GPU tests, training steps and operations in at most 7 minutes; see benchmarks/gpu.py.
+# make carried: pure packages that such a machine may lack, in .carried: PYTHONPATH=.carried make gpu.
 PYTHON ?= python3
 DATA ?= synthetic
 ARGS ?=
@@ -11,15 +13,20 @@ VENV := .venv
 WORKERS := $(if $(filter-out synthetic,$(DATA)),$(shell nproc),0)
 RUN := runs/tiny$(if $(filter-out synthetic,$(DATA)),-$(shell printf '%s' '$(DATA)' | tr -c 'A-Za-z0-9' '-'))
 
-# Of benchmarks: the file that a part of them goes to, and the seconds after which no more are begun.
+# Of benchmarks: the file that a part of them goes to.
 PART ?=
-BENCH_SECONDS ?= 300
 empty :=
-RAW = benchmarks/results/$$($(1) -c 'from benchmarks.shapes import MACHINE; print(MACHINE)')$(if $(PART),.$(subst $(empty) ,-,$(PART))).json
-BENCH = raw=$(RAW) && $(1) -m pytest $(2) benchmarks --benchmark-only --benchmark-json "$$raw" $(if $(PART),-k '$(PART)') \
-	  && $(1) benchmarks/report.py "$$raw" --readme
+MACHINE = $$($(VENV)/bin/python -c 'from benchmarks.shapes import MACHINE; print(MACHINE)')
+RAW = benchmarks/results/$(MACHINE)$(if $(PART),.$(subst $(empty) ,-,$(PART))).json
+# Of make gpu: the stages, the folder of all that is written, how many GPU tests (or all), the steps, the seconds.
+STAGES ?= tests steps heads attention report
+OUT ?= benchmarks/results
+GPU_TESTS ?= 90
+STEPS ?=
+GPU_SECONDS ?= 400
+CARRIED := jsonargparse docstring_parser typeshed_client braceexpand xformers==0.0.35 nvidia-cuda-runtime-cu12
 
-.PHONY: train test test-instruction-sets bench gpu gpu-tests gpu-bench seeds clean
+.PHONY: train test test-instruction-sets bench gpu carried seeds clean
 
 train: $(VENV)/.installed
 	$(VENV)/bin/python -m capi.train --data.source '$(DATA)' --data.num_workers $(WORKERS) --run.output_dir '$(RUN)' $(ARGS)
@@ -40,17 +47,19 @@ test-instruction-sets: $(VENV)/.installed
 	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE $(PYTEST) $(NUMERICAL)
 	ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 $(PYTEST) $(NUMERICAL)
 
+# The report is written whatever failed; the status is that of the benchmarks.
 bench: $(VENV)/.installed
-	$(call BENCH,$(VENV)/bin/python)
+	raw="$(RAW)"; status=0; \
+	$(VENV)/bin/python -m pytest benchmarks --benchmark-only --benchmark-json "$$raw" $(if $(PART),-k '$(PART)') || status=$$?; \
+	$(VENV)/bin/python -m benchmarks.report "$$raw" --readme && exit $$status
 
-gpu: gpu-tests gpu-bench
+gpu:
+	$(PYTHON) -m benchmarks.gpu --stages $(STAGES) --out '$(OUT)' --tests $(GPU_TESTS) --seconds $(GPU_SECONDS) \
+	  $(if $(STEPS),--steps $(STEPS))
 
-# Nothing is installed: type checks at run time, which the options of pyproject.toml ask for, are left out.
-gpu-tests:
-	$(PYTHON) -m pytest -o addopts= -q -m gpu tests
-
-gpu-bench:
-	export CAPI_BENCH_SECONDS=$(BENCH_SECONDS) && $(call BENCH,$(PYTHON),-o addopts= -q)
+carried:
+	$(PYTHON) -m pip install --quiet --no-deps --no-compile --upgrade --python-version 3.12 --only-binary=:all: \
+	  --constraint constraints.txt --target .carried $(CARRIED)
 
 # Three trainings of the default, and their evaluations as a results file.
 seeds: $(VENV)/.installed

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.measure import OURS, Contestant, check, rotated
+from benchmarks.measure import OURS, check, rotated
+from benchmarks.timing import Contestant
 from capi.transformer import Rope
 from capi_kernels import masked_cross_attention, reference, rotary_tables, visible_attention
 
@@ -95,17 +96,22 @@ class AttentionCase:
             q, k, v, _, *tables = inputs[round_number % len(inputs)]
             return *(x.detach().requires_grad_() for x in (q, k, v)), *tables
 
-        def forward(round_number: int) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-            operands = arguments(round_number)
-            return run(*operands), operands[:3], inputs[round_number % len(inputs)][3]
+        def arguments_and_dout(round_number: int) -> tuple[Tensor, ...]:
+            return *arguments(round_number), inputs[round_number % len(inputs)][3]
+
+        def forward(*operands: Tensor) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+            *operands, dout = operands
+            return run(*operands), tuple(operands[:3]), dout
 
         if name not in self.checked:
-            out, operands, dout = forward(0)
+            out, operands, dout = forward(*arguments_and_dout(0))
             actual = [out.detach(), *torch.autograd.grad(out, operands, dout)]
             for got, same_dtype, oracle in zip(self._subset(actual), *self.references(), strict=True):
                 check(name, got, same_dtype, oracle)
             self.checked.add(name)
-        return Contestant(run, arguments) if direction == "forward" else Contestant(torch.autograd.grad, forward)
+        if direction == "forward":
+            return Contestant(run, arguments, copies=len(inputs))
+        return Contestant(torch.autograd.grad, arguments_and_dout, forward, copies=len(inputs))
 
 
 @lru_cache(maxsize=1)

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from benchmarks import shapes
-from benchmarks.costs import Ceilings, Cost
-from benchmarks.measure import OURS, Contestant, Deadline, machine, measure_ceilings, race
+from benchmarks.costs import Cost
+from benchmarks.measure import OURS, Deadline, Failed, Unavailable, machine, race, release
+from benchmarks.timing import CeilingMeter, Contestant
 
-# What matters most comes first, in case time runs out.
+# What matters most comes first, in case time runs out: the first shape of each operation, then the second.
 ORDER = (
     "sinkhorn_positionwise",
     "visible_attention",
@@ -27,6 +28,7 @@ ORDER = (
 )
 GROUPS = pytest.StashKey[dict[str, list[str]]]()
 ABSENT = pytest.StashKey[list[dict]]()
+FAILED = pytest.StashKey[list[dict]]()
 
 
 class Clock:
@@ -43,7 +45,7 @@ CLOCK = Clock()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[GROUPS], config.stash[ABSENT] = defaultdict(list), []
+    config.stash[GROUPS], config.stash[ABSENT], config.stash[FAILED] = defaultdict(list), [], []
 
 
 def _operation(item: pytest.Item) -> str:
@@ -57,6 +59,17 @@ def _group(item: pytest.Item) -> str:
     return " ".join([_operation(item), *names])
 
 
+def _importance(items: list[pytest.Item]) -> dict[pytest.Item, tuple[int, int]]:
+    """The place of an item's shape among those of its operation, then the place of the operation."""
+    shapes_of, importance = defaultdict(list), {}
+    for item in items:
+        shape, seen = item.callspec.params.get("shape"), shapes_of[_operation(item)]
+        if shape not in seen:
+            seen.append(shape)
+        importance[item] = seen.index(shape), ORDER.index(_operation(item))
+    return importance
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     ours = [item for item in items if item.path.parent.name == "benchmarks"]
@@ -65,7 +78,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         item.add_marker(pytest.mark.benchmark(group=_group(item), timer=CLOCK.measured_seconds))
         item.add_marker(pytest.mark.filterwarnings("default"))  # A peer's warning is not our error.
     others = [item for item in items if item not in ours]
-    items[:] = others + sorted(ours, key=lambda item: ORDER.index(_operation(item)))
+    items[:] = others + sorted(ours, key=_importance(ours).get)
 
 
 @pytest.fixture(autouse=True)
@@ -78,9 +91,9 @@ def uninstrumented() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def ceilings() -> Ceilings | None:
-    """Of this GPU, in this run; none on a CPU."""
-    return measure_ceilings(shapes.DEVICE, shapes.COPIED_BYTES, shapes.MATMUL_SIZE) if shapes.GPU else None
+def meter() -> CeilingMeter | None:
+    """Of the ceilings of this GPU, in this run; none on a CPU."""
+    return CeilingMeter(shapes.DEVICE, shapes.MATMUL_SIZE) if shapes.GPU else None
 
 
 @pytest.fixture(scope="session")
@@ -90,12 +103,12 @@ def deadline() -> Deadline:
 
 @pytest.fixture(scope="session")
 def races() -> dict:
-    """By group, the Measurement of every implementation or what kept it; under "shape", the last one."""
+    """By group its ceilings and, of every implementation, the Measurement or what kept it; "shape" is the last one."""
     return {"shape": None}
 
 
 @pytest.fixture
-def measure(request: pytest.FixtureRequest, benchmark, ceilings, deadline, races) -> Callable[..., None]:
+def measure(request: pytest.FixtureRequest, benchmark, meter, deadline, races) -> Callable[..., None]:
     """Measures this test's implementation, and with it at the first time the others of its group."""
     group = _group(request.node)
     implementation = request.node.callspec.params["implementation"]
@@ -110,6 +123,7 @@ def measure(request: pytest.FixtureRequest, benchmark, ceilings, deadline, races
         dtype: object = shapes.DTYPE,
         needed_seconds: float = 0.0,
         one_at_a_time: bool = False,
+        inspect: Callable[[str, Contestant, float], dict] | None = None,
         **more: object,
     ) -> None:
         def entrant(name: str) -> Contestant:
@@ -123,14 +137,22 @@ def measure(request: pytest.FixtureRequest, benchmark, ceilings, deadline, races
                 races["shape"] = (op, shape)
             entrants = {name: lambda name=name: entrant(name) for name in request.config.stash[GROUPS][group]}
             rounds, seconds = (20, 3.0) if shapes.GPU else (9, 2.0)
-            races[group] = {}  # What fails is not tried again.
-            races[group] = race(entrants, shapes.DEVICE, rounds, seconds, one_at_a_time)
-        result = races[group].get(implementation)
+            races[group] = None, {}  # What fails is not tried again.
+            release(shapes.DEVICE)
+            ceilings = meter and meter.at(max(cost.copied_bytes or shapes.COPIED_BYTES, shapes.LEAST_COPIED_BYTES))
+            races[group] = ceilings, race(entrants, shapes.DEVICE, rounds, seconds, one_at_a_time, inspect)
+        ceilings, results = races[group]
+        result = results.get(implementation)
         assert result is not None, "see the first failure of this group"
         key = {"op": op, "shape": shape, "direction": direction, "implementation": implementation}
-        if isinstance(result, Exception):
+        if "dim" in more:
+            key["dim"] = more["dim"]
+        if isinstance(result, Unavailable):
             request.config.stash[ABSENT].append({**key, "reason": str(result)})
             pytest.skip(str(result))
+        if isinstance(result, Failed):
+            request.config.stash[FAILED].append({**key, "reason": str(result)})
+            pytest.fail(str(result), pytrace=False)
         floor = cost.floor_seconds(ceilings)
         benchmark.extra_info |= {
             **key,
@@ -141,6 +163,11 @@ def measure(request: pytest.FixtureRequest, benchmark, ceilings, deadline, races
             "share_of_floor": None if floor is None else floor / result.median,
             "peak_memory_bytes": result.peak_memory_bytes,
             "ceilings": None if ceilings is None else ceilings._asdict(),
+            "host_seconds": result.host_seconds,
+            "timing": result.timing,
+            "graphs": result.compiled.graphs,
+            "graph_breaks": result.compiled.breaks if result.compiled.graphs else None,
+            **result.inspected,
             **{name: value(result) if callable(value) else value for name, value in more.items()},
         }
         seconds = iter(result.seconds)
@@ -159,7 +186,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output_json: dict) -> None:
-    output_json["absent"] = config.stash[ABSENT]
+    output_json["absent"], output_json["failed"] = config.stash[ABSENT], config.stash[FAILED]
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
@@ -174,7 +201,8 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
         for name, entry in entries.items() if ours else ():
             memory, our_memory = (x.extra_info["peak_memory_bytes"] for x in (entry, ours))
             time, our_time = (getattr(x.stats, statistic) for x in (entry, ours))
-            line = f"{group}: {name} takes {time / our_time:.2f} times our time"
+            slower = "; we are slower" if time < our_time else ""
+            line = f"{group}: {name} takes {time / our_time:.2f} times our time{slower}"
             lines.append(f"{line}, {memory / our_memory:.2f} times our peak memory" if memory and our_memory else line)
     if lines:
         terminalreporter.section("ours and peers")

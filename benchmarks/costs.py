@@ -16,6 +16,8 @@ class Ceilings(NamedTuple):
     """Of a device copy, reads and writes counted."""
     matmul_tflop_per_second: float
     """Of a bf16 matrix product of random numbers."""
+    copied_bytes: int
+    """Size of each of the two buffers between which was copied: of larger ones a copy is slower."""
 
 
 class Cost(NamedTuple):
@@ -23,6 +25,8 @@ class Cost(NamedTuple):
 
     bytes: int | None
     flop: int | None
+    copied_bytes: int | None = None
+    """Buffers of this size, two of them, take the memory that the operation reads and writes."""
 
     def floor_seconds(self, ceilings: Ceilings | None) -> float | None:
         """The longer of the time to move the bytes and the time to compute; None where nothing is known of them."""
@@ -36,19 +40,21 @@ def sinkhorn_positionwise(positions: int, images: int, prototypes: int, n_iterat
     """n_iterations + 1 reads of the logits, one write of the assignments, the potentials written once."""
     elements = positions * images * prototypes
     potentials = positions * (2 * prototypes + images) * POTENTIAL_BYTES
-    return Cost((n_iterations + 2) * elements * itemsize + potentials, 4 * n_iterations * elements)
+    moved = (n_iterations + 2) * elements * itemsize + potentials
+    return Cost(moved, 4 * n_iterations * elements, elements * itemsize)
 
 
 def clustering_head(positions: int, images: int, prototypes: int, n_iterations: int, dim: int, itemsize: int) -> Cost:
     """Sinkhorn's bytes, with the gradient of the logits in the place of the assignments, and two matrix products."""
-    moved = sinkhorn_positionwise(positions, images, prototypes, n_iterations, itemsize).bytes
-    return Cost(moved, 4 * positions * images * prototypes * dim)
+    sinkhorn = sinkhorn_positionwise(positions, images, prototypes, n_iterations, itemsize)
+    return sinkhorn._replace(flop=4 * positions * images * prototypes * dim)
 
 
 def student_loss(predicted: int, prototypes: int, itemsize: int, target_itemsize: int) -> Cost:
     """Logits and targets read, the gradient of the logits written."""
     elements = predicted * prototypes
-    return Cost(elements * (2 * itemsize + target_itemsize), 2 * elements)
+    moved = elements * (2 * itemsize + target_itemsize)
+    return Cost(moved, 2 * elements, moved // 2)
 
 
 def attention(images: int, queries: int, keys: int, heads: int, head_dim: int, itemsize: int, direction: str) -> Cost:
@@ -57,5 +63,7 @@ def attention(images: int, queries: int, keys: int, heads: int, head_dim: int, i
     lse = images * queries * heads * POTENTIAL_BYTES
     product = 2 * images * heads * queries * keys * head_dim
     if direction == "forward":
-        return Cost(2 * query_bytes + 2 * key_bytes + lse, 2 * product)
-    return Cost(3 * query_bytes + 4 * key_bytes + lse, 5 * product)
+        moved, products = 2 * query_bytes + 2 * key_bytes + lse, 2
+    else:
+        moved, products = 3 * query_bytes + 4 * key_bytes + lse, 5
+    return Cost(moved, products * product, moved // 2)

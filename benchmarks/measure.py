@@ -1,38 +1,37 @@
-"""Times of several implementations of one operation, taken in turn, their peak memory, and the device's ceilings."""
+"""Several implementations of one operation, checked, then timed in turn; their peak memory and their graph breaks."""
 
 import gc
 import os
 import shutil
 import statistics
 import subprocess
+import sys
+import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from time import perf_counter
 
 import torch
 from numerics import assert_as_accurate, peak_allocation
 from torch import Tensor
 
-from benchmarks.costs import Ceilings
+from benchmarks.timing import Contestant, Stopwatch, Unavailable, first_line, host_seconds, stopwatch
 
-SPIN_CYCLES = 1_000_000  # About half a millisecond: the host queues a call's kernels while the GPU still spins.
 OURS = "ours"
 
 
-class Unavailable(Exception):
-    """A peer that cannot run here, and why."""
+class Failed(Exception):
+    """An implementation that was found wrong, or that must run and does not, and why."""
 
 
 @dataclass(frozen=True)
-class Contestant:
-    """One implementation: `run(*arguments(round))` is timed, `arguments` is not.
+class Compiled:
+    """What torch.compile made of an implementation: whole graphs, and breaks between them."""
 
-    Of a short call on a GPU the launches are hidden; a call that holds `calls` repetitions is timed as it comes.
-    """
-
-    run: Callable[..., object]
-    arguments: Callable[[int], tuple] = lambda _: ()
-    calls: int | None = None
+    graphs: int = 0
+    breaks: int = 0
+    reasons: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -41,28 +40,17 @@ class Measurement:
     """Of each round, for one call."""
     peak_memory_bytes: int
     """See `peak_memory`."""
+    host_seconds: float | None = None
+    """What one call takes on the host of a GPU."""
+    timing: str = ""
+    """How the seconds were taken."""
+    compiled: Compiled = Compiled()
+    inspected: dict = field(default_factory=dict)
+    """What else was looked at after the rounds."""
 
     @property
     def median(self) -> float:
         return statistics.median(self.seconds)
-
-
-def seconds_of(contestant: Contestant, round_number: int, device: torch.device) -> float:
-    """Of one round: device events on a GPU, the wall clock on a CPU."""
-    arguments = contestant.arguments(round_number)
-    if device.type == "cpu":
-        start = perf_counter()
-        contestant.run(*arguments)
-        return (perf_counter() - start) / (contestant.calls or 1)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
-    if contestant.calls is None:
-        torch.cuda._sleep(SPIN_CYCLES)
-    start.record()
-    contestant.run(*arguments)
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3 / (contestant.calls or 1)
 
 
 def peak_memory(contestant: Contestant, device: torch.device, before: int | None) -> int:
@@ -70,13 +58,13 @@ def peak_memory(contestant: Contestant, device: torch.device, before: int | None
 
     On a CPU always the latter.
     """
-    arguments = contestant.arguments(0)
+    operands = contestant.operands(0)
     if device.type == "cpu":
-        return peak_allocation(lambda: contestant.run(*arguments))
+        return peak_allocation(lambda: contestant.run(*operands))
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device) if before is None else before
     torch.cuda.reset_peak_memory_stats(device)
-    contestant.run(*arguments)
+    contestant.run(*operands)
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
 
@@ -87,54 +75,87 @@ def race(
     rounds: int,
     seconds: float,
     one_at_a_time: bool = False,
-) -> dict[str, Measurement | Exception]:
-    """Measures each entrant, or says what kept it from running: Unavailable, or on a GPU what a peer raised.
+    inspect: Callable[[str, Contestant, float], dict] | None = None,
+) -> dict[str, Measurement | Unavailable | Failed]:
+    """Measures each entrant, or says what kept it from running, or that it failed.
 
-    An entrant checks itself and returns what to time. Their rounds alternate, so that all meet the same state of the
-    machine, unless there is room for one at a time only: then peak memory counts what an entrant made on entering too.
-    At most `rounds` rounds, at least three, and no new one once `seconds` have passed.
-
-    Raises:
-        Exception: whatever we raise ourselves, and on a CPU whatever a peer raises.
+    An entrant checks itself and returns what to time. Unavailable is what calls itself so and, on a GPU, what a peer
+    raises; failed is what a check found wrong, a peer with graph breaks, and whatever else we raise, or a CPU. Rounds
+    alternate, so that all meet the same state of the machine, unless there is room for one at a time only: then peak
+    memory counts what an entrant made on entering too. At most `rounds` rounds, at least three, and no new one once
+    `seconds` have passed. `inspect`, of a name, what was timed and its median, looks on afterwards.
     """
-    results: dict[str, Measurement | Exception] = {}
-    contestants: dict[str, Contestant] = {}
+    results: dict[str, Measurement | Unavailable | Failed] = {}
+    entered: dict[str, tuple[Contestant, Stopwatch, Measurement]] = {}
+
+    def refuse(name: str, error: Exception) -> None:
+        # Kept without its traceback, which would hold on to the entrant's tensors.
+        if isinstance(error, Unavailable | Failed):
+            results[name] = error.with_traceback(None)
+        elif name == OURS or device.type == "cpu" or isinstance(error, AssertionError):
+            traceback.print_exception(error)
+            results[name] = Failed(first_line(error))
+        else:
+            results[name] = Unavailable(_whole(error))
+        entered.pop(name, None)
 
     def measure() -> None:
-        taken: dict[str, list[float]] = {name: [] for name in contestants}
         began = perf_counter()
         for round_number in range(rounds):
             if round_number >= 3 and perf_counter() - began > seconds:
                 break
-            for name, contestant in contestants.items():
-                taken[name].append(seconds_of(contestant, round_number, device))
-        for name, measured in taken.items():
-            results[name] = Measurement(measured, memory[name])
-        contestants.clear()
+            for name, (_, watch, measurement) in list(entered.items()):
+                try:
+                    measurement.seconds.append(watch.seconds(round_number))
+                except Exception as error:
+                    refuse(name, error)
+        for name, (contestant, _, measurement) in entered.items():
+            if inspect is not None:
+                measurement.inspected.update(inspect(name, contestant, measurement.median))
+            results[name] = measurement
+        entered.clear()
 
-    memory: dict[str, int] = {}
     for name, enter in entrants.items():
         release(device)
         before = torch.cuda.memory_allocated(device) if one_at_a_time and device.type == "cuda" else None
+        _forget_compilation()
         try:
             contestant = enter()
             if device.type == "cuda":
-                contestant.run(*contestant.arguments(0))  # Compiles; checking itself has warmed up the rest.
-            memory[name] = peak_memory(contestant, device, before)
-            contestants[name] = contestant
+                contestant.run(*contestant.operands(0))  # Compiles; checking itself has warmed up the rest.
+            memory, host = peak_memory(contestant, device, before), host_seconds(contestant, device)
+            compiled = compilation()
+            if name != OURS and compiled.breaks:
+                raise Failed(f"expected 0 graph breaks, got {compiled.breaks}: {'; '.join(compiled.reasons)}")
+            watch = stopwatch(contestant, device)
+            entered[name] = contestant, watch, Measurement([], memory, host, watch.how, compiled)
             if one_at_a_time:
                 measure()
-        except Unavailable as reason:
-            results[name] = reason
         except Exception as error:
-            if name == OURS or device.type == "cpu":
-                raise
-            # Without its traceback, which would hold on to the peer's tensors.
-            results[name] = Unavailable(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}")
-            contestants.pop(name, None)
-        contestant = None
+            refuse(name, error)
+        contestant = watch = None
     measure()
-    return results
+    return {name: results[name] for name in entrants}
+
+
+def _whole(error: Exception) -> str:
+    """The message in one line: some say only further down why nothing runs here."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:700]
+
+
+def _forget_compilation() -> None:
+    if "torch._dynamo.utils" in sys.modules:
+        sys.modules["torch._dynamo.utils"].counters.clear()
+
+
+def compilation() -> Compiled:
+    """Of everything that torch.compile compiled since it was last asked to forget."""
+    if "torch._dynamo.utils" not in sys.modules:
+        return Compiled()
+    counters = sys.modules["torch._dynamo.utils"].counters
+    breaks = counters["graph_break"]
+    reasons = tuple(" ".join(reason.split())[:160] for reason in breaks)
+    return Compiled(counters["stats"]["unique_graphs"], sum(breaks.values()), reasons)
 
 
 def check(name: str, actual: Tensor, same_dtype: Tensor, oracle: Tensor) -> None:
@@ -167,38 +188,24 @@ def rotated(make: Callable[[int], tuple[Tensor, ...]], device: torch.device) -> 
     return copies
 
 
-def measure_ceilings(device: torch.device, copied_bytes: int, matmul_size: int) -> Ceilings:
-    """Copy bandwidth, reads and writes counted, and bf16 matrix products of random numbers: medians of 20."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
-
-    source = draw(copied_bytes // 2)
-    target = torch.empty_like(source)
-    a, b = draw(matmul_size, matmul_size), draw(matmul_size, matmul_size)
-    product = torch.empty_like(a)
-    copy = Contestant(lambda: target.copy_(source))
-    matmul = Contestant(lambda: torch.mm(a, b, out=product))
-    copy_seconds, matmul_seconds = (
-        statistics.median([seconds_of(contestant, i, device) for i in range(25)][5:]) for contestant in (copy, matmul)
-    )
-    return Ceilings(2 * copied_bytes / copy_seconds / 1e9, 2 * matmul_size**3 / matmul_seconds / 1e12)
+def installed(package: str) -> str | None:
+    """Its version, None where it is absent."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def machine(device: torch.device) -> dict[str, str | int | None]:
     """What the results file says of the machine, beside what pytest-benchmark does."""
-    try:
-        from triton import __version__ as triton
-    except ImportError:
-        triton = None
-    info = {"torch": torch.__version__, "triton": triton, "threads": torch.get_num_threads(), "gpu": None}
+    info = {"torch": torch.__version__, "triton": installed("triton"), "threads": torch.get_num_threads(), "gpu": None}
     if device.type == "cuda":
         driver = None
         if shutil.which("nvidia-smi"):
             query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
             driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
         info |= {"gpu": torch.cuda.get_device_name(device), "driver": driver, "cuda": torch.version.cuda}
+        info |= {"cudnn": torch.backends.cudnn.version(), "xformers": installed("xformers")}
     return info
 
 

@@ -1,21 +1,25 @@
 """What others do in the place of our operations: the official algorithm restated, and general attention kernels."""
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.measure import Unavailable
 from benchmarks.shapes import GPU
+from benchmarks.timing import Unavailable
 from capi_kernels import reference
 
 # Compiling takes longer on a CPU than all else, so peers are compiled on a GPU only.
 OFFICIAL = ("official_eager", "official_compiled") if GPU else ("official_eager",)
+# Compiled without and with the recomputation of the official settings: the faster is the peer.
+OFFICIAL_STEP = ("official_compiled", "official_recomputed", "official_eager") if GPU else ("official_eager",)
 ATTENTION = ("sdpa_cudnn", "sdpa_flash", "varlen_attn", "flex_attention", "xformers") if GPU else ("sdpa",)
 
 
@@ -173,6 +177,7 @@ def _xformers(layout: Layout) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         raise Unavailable("xformers is not installed")
     if layout.device.type == "cpu":
         raise Unavailable("xformers runs on a GPU only")
+    _load_cuda_12()
     from xformers.ops import memory_efficient_attention
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
@@ -180,3 +185,14 @@ def _xformers(layout: Layout) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         [layout.queries] * layout.images, [layout.keys] * layout.images, device=layout.device
     )
     return lambda q, k, v: memory_efficient_attention(q[None], k[None], v[None], attn_bias=mask)[0]
+
+
+def _load_cuda_12() -> None:
+    """Loads the CUDA runtime that the wheel of xformers 0.0.35 is linked to, where it is installed beside another.
+
+    Without it, under a PyTorch of CUDA 13, xformers finds no operator, though it calls PyTorch's own kernels.
+    """
+    if find_spec("nvidia") is not None and (package := find_spec("nvidia.cuda_runtime")) is not None:
+        for folder in package.submodule_search_locations:
+            for library in Path(folder).glob("lib/libcudart.so.12"):
+                ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)

@@ -1,22 +1,25 @@
 """Tables and a roofline plot from raw benchmark files, and from nothing else.
 
-    python benchmarks/report.py benchmarks/results/h200.json   # writes h200.md and, of a GPU, h200.png beside it
-    python benchmarks/report.py --readme                       # rewrites README's performance section
+    python -m benchmarks.report benchmarks/results/h200.json   # writes h200.md and, of a GPU, h200.png beside it
+    python -m benchmarks.report --readme                       # rewrites README's performance section
 
 The raw files of a machine are <name>.json and its parts <name>.<part>.json; where several hold one entry, the newest
-stands. README takes the GPU measured last.
+stands. What is known to be wrong in them stands in <name>.notes.md, whose first paragraph README shows too. README
+takes the GPU measured last.
 """
 
 import argparse
 import json
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
-BEGIN = "<!-- performance: written by `python benchmarks/report.py --readme` -->"
+BEGIN = "<!-- performance: written by `python -m benchmarks.report --readme` -->"
 END = "<!-- end of performance -->"
 OURS = "ours"
 UNMEASURED = "Speed on a GPU: not yet measured."
@@ -34,31 +37,48 @@ class Results:
     rows: dict[Row, dict[str, dict]]
     """By row and implementation: `extra_info`, with the median, of a CPU the fastest round, as `seconds`."""
     absent: list[dict]
+    failed: list[dict]
+    unreadable: list[str]
+    """Names of raw files that hold nothing: their run was cut off."""
+    notes: str
 
     @property
     def machine(self) -> dict:
         return self.runs[-1]["machine_info"]
 
     @property
-    def ceilings(self) -> dict[str, float] | None:
-        return next((e["ceilings"] for row in self.rows.values() for e in row.values() if e["ceilings"]), None)
+    def ceilings(self) -> list[tuple[float, float]]:
+        """Copy GB/s, by the size of the buffers, and matrix product TFLOP/s; none of a CPU."""
+        entries = [entry["ceilings"] for row in self.rows.values() for entry in row.values() if entry["ceilings"]]
+        return [(entry["copy_gb_per_second"], entry["matmul_tflop_per_second"]) for entry in entries]
 
 
 def read(name: str, folder: Path = RESULTS) -> Results:
     """Reads <name>.json and <name>.<part>.json.
 
     Raises:
-        FileNotFoundError: there are none.
+        FileNotFoundError: there are none, or none that holds anything.
     """
-    paths = [path for path in folder.glob("*.json") if path.name.split(".")[0] == name]
-    if not paths:
-        raise FileNotFoundError(f"expected {folder / name}.json or {name}.<part>.json there, found none")
-    runs = sorted((json.loads(path.read_text()) for path in paths), key=lambda run: run["datetime"])
+    runs, unreadable = [], []
+    for path in sorted(path for path in folder.glob("*.json") if path.name.split(".")[0] == name):
+        try:
+            runs.append(json.loads(path.read_text()))
+        except json.JSONDecodeError:
+            unreadable.append(path.name)
+    if not runs:
+        raise FileNotFoundError(f"expected {folder / name}.json or {name}.<part>.json there, found none that is whole")
+    runs.sort(key=lambda run: run["datetime"])
     rows: dict[Row, dict[str, dict]] = defaultdict(dict)
     absent: dict[tuple[Row, str], dict] = {}
+    failed: dict[tuple[Row, str], dict] = {}
     for run in runs:
         for entry in run.get("absent", []):
             absent[_row(entry), entry["implementation"]] = entry
+        for entry in run.get("failed", []):
+            key = _row(entry), entry["implementation"]
+            failed[key] = entry
+            absent.pop(key, None)
+            rows[key[0]].pop(key[1], None)
         for benchmark in run["benchmarks"]:
             entry = benchmark["extra_info"]
             row, implementation = _row(entry), entry["implementation"]
@@ -69,11 +89,17 @@ def read(name: str, folder: Path = RESULTS) -> Results:
                 entry["images_per_second"] *= stats["median"] / seconds
             rows[row][implementation] = {**entry, "seconds": seconds}
             absent.pop((row, implementation), None)
-    return Results(name, runs, dict(rows), list(absent.values()))
+            failed.pop((row, implementation), None)
+    operations = list(dict.fromkeys(op for op, _, _ in rows))
+    rows = dict(sorted(rows.items(), key=lambda item: operations.index(item[0][0])))
+    path = folder / f"{name}.notes.md"
+    notes = path.read_text().strip() if path.exists() else ""
+    return Results(name, runs, rows, list(absent.values()), list(failed.values()), unreadable, notes)
 
 
 def _row(entry: dict) -> Row:
-    return entry["op"], tuple(entry["shape"].items()), entry["direction"]
+    shape = {**entry["shape"], "dim": entry["dim"]} if "dim" in entry else entry["shape"]
+    return entry["op"], tuple(shape.items()), entry["direction"]
 
 
 def best_peer(entries: dict[str, dict]) -> str | None:
@@ -100,8 +126,10 @@ def _memory(size: int | None) -> str:
     return f"{size / 2**20:.1f} MiB" if size < 2**30 else f"{size / 2**30:.2f} GiB"
 
 
-def _times(ratio: float) -> str:
-    return f"{ratio:.2f}x"
+def speed(ratio: float) -> str:
+    """How many times as fast: below 1, as it is shown, "slower"."""
+    text = f"{ratio:.2f}x"
+    return f"{text}: slower" if float(text[:-1]) < 1 else text
 
 
 def _shape(shape: tuple[tuple[str, int | str], ...]) -> str:
@@ -112,14 +140,19 @@ def _table(header: list[str], lines: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *lines)]
 
 
+def _ratio(entries: dict[str, dict]) -> float | None:
+    """The best peer's time over ours."""
+    peer = best_peer(entries)
+    return entries[peer]["seconds"] / entries[OURS]["seconds"] if peer is not None and OURS in entries else None
+
+
 def _peer_columns(entries: dict[str, dict]) -> list[str]:
     """How many times as fast as the best peer we are, and how much of its peak memory we take."""
-    ours, peer = entries.get(OURS), best_peer(entries)
-    if ours is None or peer is None:
+    ratio, peer = _ratio(entries), best_peer(entries)
+    if ratio is None:
         return ["", ""]
-    memory, peer_memory = ours["peak_memory_bytes"], entries[peer]["peak_memory_bytes"]
-    speed = f"{_times(entries[peer]['seconds'] / ours['seconds'])} ({peer})"
-    return [speed, _times(memory / peer_memory) if memory is not None and peer_memory else ""]
+    memory, peer_memory = entries[OURS]["peak_memory_bytes"], entries[peer]["peak_memory_bytes"]
+    return [f"{speed(ratio)} ({peer})", f"{memory / peer_memory:.2f}x" if memory is not None and peer_memory else ""]
 
 
 def _share(entry: dict) -> str:
@@ -138,44 +171,70 @@ def _rates(entry: dict) -> str:
 
 
 def _throughput(entry: dict) -> str:
-    if "images_per_second" not in entry:
-        return ""
-    mfu = f", MFU {entry['mfu']:.1%}" if entry.get("mfu") else ""
-    return f" ({_digits(entry['images_per_second'])} images/s{mfu})"
+    """Of a step or of loading: images, and where they were looked at the idle GPU and the breaks of the graph."""
+    parts = []
+    if "images_per_second" in entry:
+        parts.append(f"{_digits(entry['images_per_second'])} images/s")
+        if entry.get("mfu"):
+            parts[-1] += f", MFU {entry['mfu']:.1%}"
+        if entry.get("gpu_idle_share") is not None:
+            parts.append(f"GPU idle {entry['gpu_idle_share']:.0%}, {entry['launches']} launches")
+    if entry.get("graph_breaks"):
+        parts.append(f"{entry['graph_breaks']} graph breaks")
+    return f" ({'; '.join(parts)})" if parts else ""
 
 
-def markdown(results: Results) -> str:
-    """The report: where the figures come from, a table for each operation, and what is absent."""
+def _host(entry: dict) -> str:
+    return "" if entry.get("host_seconds") is None else duration(entry["host_seconds"])
+
+
+def _provenance(results: Results) -> list[str]:
     machine, ceilings = results.machine, results.ceilings
-    lines = [f"# {machine['gpu'] or 'CPU'}", ""]
     software = f"PyTorch {machine['torch']}, Triton {machine['triton']}"
     if machine["gpu"]:
-        lines.append(f"- Driver {machine['driver']}, CUDA {machine['cuda']}, {software}.")
+        if machine.get("cudnn"):
+            software = f"cuDNN {machine['cudnn']}, {software}"
+        lines = [f"- Driver {machine['driver']}, CUDA {machine['cuda']}, {software}."]
     else:
-        lines.append(f"- {machine['cpu']['brand_raw']}, {machine['threads']} threads, {software}.")
+        lines = [f"- {machine['cpu']['brand_raw']}, {machine['threads']} threads, {software}."]
     for run in results.runs:
         commit = run["commit_info"]
         dirty = " with uncommitted changes" if commit.get("dirty") else ""
         date = run["datetime"][:16].replace("T", " ")
-        lines.append(f"- Measured {date} at commit {commit['id'][:10]}{dirty} by `{run['machine_info']['command']}`.")
+        at = f"commit {commit['id'][:10]}{dirty}" if commit.get("id") else "an unknown commit"
+        lines.append(f"- Measured {date} at {at} by `{run['machine_info']['command']}`.")
+    if results.unreadable:
+        lines.append(f"- Cut off, and without a figure: {', '.join(results.unreadable)}.")
     if ceilings:
+        copy, product = (
+            " to ".join(dict.fromkeys(f"{find(values):.0f}" for find in (min, max)))
+            for values in zip(*ceilings, strict=True)
+        )
         lines.append(
-            f"- Ceilings of that run: copy {ceilings['copy_gb_per_second']:.0f} GB/s, reads and writes counted; bf16 "
-            f"matrix product {ceilings['matmul_tflop_per_second']:.0f} TFLOP/s. Floor: what must move and be computed, "
-            f"at these ceilings (`benchmarks/costs.py`)."
+            f"- Ceilings of that run: copy {copy} GB/s, reads and writes counted; bf16 matrix product {product} "
+            f"TFLOP/s. Floor: what must move and be computed, at these ceilings (`benchmarks/costs.py`)."
         )
     times = "Medians" if machine["gpu"] else "Fastest of at least three rounds that alternate between implementations"
     lines.append(f"- {times}; peak memory beyond what was there before the call, of training steps on a GPU in all.")
-    if ceilings:
+    return lines
+
+
+def markdown(results: Results) -> str:
+    """The report: where the figures come from, a table for each operation, what failed and what is absent."""
+    lines = [f"# {results.machine['gpu'] or 'CPU'}", "", *_provenance(results)]
+    if results.notes:
+        lines += ["", results.notes]
+    if results.ceilings:
         lines += ["", f"![roofline]({results.name}.png)"]
     for op in dict.fromkeys(op for op, _, _ in results.rows):
         lines += ["", f"## {op}", "", *_operation_table(op, results)]
-    if results.absent:
-        lines += ["", "## Absent", ""]
-        where = defaultdict(list)
-        for entry in results.absent:
-            where[entry["implementation"], entry["reason"]].append(f"{entry['op']} {_shape(_row(entry)[1])}")
-        lines += [f"- {name}, {'; '.join(dict.fromkeys(at))}: {reason}" for (name, reason), at in where.items()]
+    for title, entries in (("Failed", results.failed), ("Absent", results.absent)):
+        if entries:
+            lines += ["", f"## {title}", ""]
+            where = defaultdict(list)
+            for entry in entries:
+                where[entry["implementation"], entry["reason"]].append(f"{entry['op']} {_shape(_row(entry)[1])}")
+            lines += [f"- {name}, {'; '.join(dict.fromkeys(at))}: {reason}" for (name, reason), at in where.items()]
     sources = {
         entry["source"]: None
         for row in results.rows.values()
@@ -189,29 +248,64 @@ def markdown(results: Results) -> str:
 
 def _operation_table(op: str, results: Results) -> list[str]:
     rows = {row: entries for row, entries in results.rows.items() if row[0] == op}
-    peers = [name for name in dict.fromkeys(name for row in rows.values() for name in row) if name != OURS]
+    failed = {(_row(entry), entry["implementation"]) for entry in results.failed}
+    names = [name for row in rows.values() for name in row] + [name for row, name in failed if row in rows]
+    peers = [name for name in dict.fromkeys(names) if name != OURS]
+    timed_on_host = any(_host(entries.get(OURS, {})) for entries in rows.values())
     lines = []
-    for (_, shape, direction), entries in rows.items():
+    for row, entries in rows.items():
         times = [
-            duration(entries[name]["seconds"]) + _throughput(entries[name]) if name in entries else "absent"
+            duration(entries[name]["seconds"]) + _throughput(entries[name])
+            if name in entries
+            else "**failed**"
+            if (row, name) in failed
+            else "absent"
             for name in (OURS, *peers)
         ]
         ours = entries.get(OURS)
         own = ["", "", ""]
         if ours is not None:
             own = [_rates(ours), _share(ours), _memory(ours["peak_memory_bytes"])]
-        speed, saved = _peer_columns(entries)
-        lines.append([_shape(shape), direction, *times, speed, *own, saved])
-    header = ["shape", "direction", OURS, *peers, "faster than the best peer", "ours moves and computes"]
-    return _table([*header, "share of floor", "peak memory", "of the best peer's"], lines)
+        ratio, saved = _peer_columns(entries)
+        host = [_host(entries.get(OURS, {}))] * timed_on_host
+        lines.append([_shape(row[1]), row[2], *times, ratio, *host, *own, saved])
+    header = ["shape", "direction", OURS, *peers, "speed against the best peer"]
+    header += ["ours on the host"] * timed_on_host
+    return _table([*header, "ours moves and computes", "share of floor", "peak memory", "of the best peer's"], lines)
+
+
+def losses(results: Results) -> list[str]:
+    """Where the best peer is faster: an operation a line, the furthest behind first."""
+    slower: dict[str, list[str]] = defaultdict(list)
+    ratios = {row: ratio for row, entries in results.rows.items() if (ratio := _ratio(entries)) is not None}
+    for row, ratio in sorted(ratios.items(), key=lambda item: item[1]):
+        op, shape, direction = row
+        if speed(ratio).endswith("slower"):
+            sizes = " x ".join(str(size) for _, size in shape)
+            slower[op].append(f"{sizes} {direction} {ratio:.2f}x ({best_peer(results.rows[row])})")
+    return [f"`{op}` {'; '.join(found)}" for op, found in slower.items()]
+
+
+def _behind(results: Results, where: str) -> list[str]:
+    found = losses(results)
+    if not found:
+        return [f"{where} no row is slower than the best peer."]
+    return [f"{where} we are slower than the best peer here:", "", *(f"- {line}" for line in found)]
 
 
 def readme_section(folder: Path = RESULTS) -> str:
     """README's performance section: the first shape of each operation and every training step, of the newest GPU."""
-    machines = [read(name, folder) for name in sorted({path.name.split(".")[0] for path in folder.glob("*.json")})]
+    machines = []
+    for name in sorted({path.name.split(".")[0] for path in folder.glob("*.json")}):
+        with suppress(FileNotFoundError):
+            machines.append(read(name, folder))
+    cpus = [results for results in machines if results.name == "cpu"]
     gpus = [results for results in machines if results.machine["gpu"]]
-    cpu = "On a CPU: [benchmarks/results/cpu.md](benchmarks/results/cpu.md)."
-    lines = [cpu] if any(results.name == "cpu" for results in machines) else []
+    lines = []
+    for results in cpus:
+        report = "[benchmarks/results/cpu.md](benchmarks/results/cpu.md)"
+        threads = f"{results.machine['threads']} threads"
+        lines += ["", *_behind(results, f"On a CPU ({report}; float32, {threads})")]
     if not gpus:
         return "\n".join([UNMEASURED, *lines])
     results = max(gpus, key=lambda results: results.runs[-1]["datetime"])
@@ -220,16 +314,19 @@ def readme_section(folder: Path = RESULTS) -> str:
     for (op, shape, direction), entries in results.rows.items():
         ours = entries.get(OURS)
         if ours is not None and (op == "train_step" or shape == first[op]):
-            speed, memory = _peer_columns(entries)
+            ratio, memory = _peer_columns(entries)
             time = duration(ours["seconds"]) + _throughput(ours)
-            table.append([op, _shape(shape), direction, time, speed, _share(ours), memory])
-    header = ["operation", "shape", "direction", "ours", "faster than the best peer", "share of floor", "peak memory"]
+            table.append([op, _shape(shape), direction, time, ratio, _share(ours), memory])
+    header = ["operation", "shape", "direction", "ours", "speed against the best peer", "share of floor", "peak memory"]
+    commit = results.runs[-1]["commit_info"].get("id") or "unknown"
     intro = (
-        f"On one {results.machine['gpu']}, {results.runs[-1]['datetime'][:10]} (`make gpu`); all shapes and peers: "
-        f"[benchmarks/results/{results.name}.md](benchmarks/results/{results.name}.md). Floor: what must move and be "
-        "computed, at the bandwidth and matrix product measured in that run; peak memory relative to the best peer's."
+        f"On one {results.machine['gpu']}, {results.runs[-1]['datetime'][:10]} at commit {commit[:7]}; all shapes and "
+        f"peers: [benchmarks/results/{results.name}.md](benchmarks/results/{results.name}.md).\nFloor: what must move "
+        "and be computed, at the bandwidth and matrix product measured in that run; peak memory relative to the best "
+        "peer's."
     )
-    return "\n".join([intro, "", *_table(header, table), "", *lines])
+    notes = ["", results.notes.split("\n\n")[0]] if results.notes else []
+    return "\n".join([intro, "", *_table(header, table), *notes, "", *_behind(results, "On that GPU"), *lines])
 
 
 def write_readme(readme: Path = README, folder: Path = RESULTS) -> None:
@@ -239,47 +336,15 @@ def write_readme(readme: Path = README, folder: Path = RESULTS) -> None:
     readme.write_text(f"{before}{BEGIN}\n\n{readme_section(folder)}\n\n{END}{after}")
 
 
-def plot_roofline(results: Results, path: Path) -> None:
-    """Achieved TFLOP/s over FLOP a byte, ours and the best peer's, under the two measured ceilings."""
-    import matplotlib
+def write_reports(names: dict[tuple[Path, str], None]) -> None:
+    """<name>.md of each machine, and its plot where there are ceilings and matplotlib."""
+    for folder, name in names:
+        results = read(name, folder)
+        (folder / f"{name}.md").write_text(markdown(results))
+        if results.ceilings and find_spec("matplotlib") is not None:
+            from benchmarks.roofline import plot_roofline
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    ceilings = results.ceilings
-    bandwidth, peak = ceilings["copy_gb_per_second"] / 1e3, ceilings["matmul_tflop_per_second"]
-    figure, axes = plt.subplots(figsize=(10, 6.5), constrained_layout=True)
-    rows = [
-        (row, entries)
-        for row, entries in results.rows.items()
-        if OURS in entries and entries[OURS]["bytes"] and entries[OURS]["flop"]
-    ]
-    operations = list(dict.fromkeys(row[0] for row, _ in rows))
-    intensities = [entries[OURS]["flop"] / entries[OURS]["bytes"] for _, entries in rows]
-    low, high = min(intensities) / 2, max([*intensities, peak / bandwidth]) * 2
-    ridge = peak / bandwidth
-    axes.plot([low, ridge, high], [low * bandwidth, peak, peak], color="black", linewidth=1.5, zorder=1)
-    for (row, entries), intensity in zip(rows, intensities, strict=True):
-        colour = f"C{operations.index(row[0])}"
-        ours, peer = entries[OURS], best_peer(entries)
-        achieved = ours["flop"] / ours["seconds"] / 1e12
-        axes.scatter(intensity, achieved, s=60, color=colour, marker="v" if row[2] == "backward" else "o", zorder=3)
-        if peer is not None:
-            other = ours["flop"] / entries[peer]["seconds"] / 1e12
-            axes.plot([intensity, intensity], [other, achieved], color=colour, linewidth=0.8, zorder=2)
-            axes.scatter(intensity, other, s=40, facecolors="white", edgecolors=colour, zorder=3)
-    for i, op in enumerate(operations):
-        axes.scatter([], [], s=60, color=f"C{i}", label=op)
-    axes.scatter([], [], s=60, color="grey", marker="v", label="backward")
-    axes.scatter([], [], s=40, facecolors="white", edgecolors="grey", label="best peer")
-    axes.plot([], [], color="black", label=f"copy {bandwidth * 1e3:.0f} GB/s, matrix product {peak:.0f} TFLOP/s")
-    axes.set(xscale="log", yscale="log", xlabel="FLOP per byte that must move", ylabel="achieved TFLOP/s")
-    axes.set_xlim(low, high)
-    axes.set_title(results.machine["gpu"])
-    axes.grid(True, which="both", linewidth=0.3)
-    axes.legend(loc="lower right")
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    plt.close(figure)
+            plot_roofline(results, folder / f"{name}.png")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -289,11 +354,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if not arguments.raw and not arguments.readme:
         parser.error("expected raw files, or --readme")
-    for folder, name in dict.fromkeys((path.parent, path.name.split(".")[0]) for path in arguments.raw):
-        results = read(name, folder)
-        (folder / f"{name}.md").write_text(markdown(results))
-        if results.ceilings:
-            plot_roofline(results, folder / f"{name}.png")
+    write_reports(dict.fromkeys((path.parent, path.name.split(".")[0]) for path in arguments.raw))
     if arguments.readme:
         write_readme()
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from benchmarks import shapes
 from benchmarks.costs import Cost
-from benchmarks.measure import OURS, Contestant, Measurement
+from benchmarks.measure import OURS, Measurement
+from benchmarks.timing import Contestant
 from capi.data import Box, crop, random_box
 from capi.model import IMAGENET_MEAN, IMAGENET_STD
 

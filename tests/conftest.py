@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from stratified import stratified
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -19,11 +20,21 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    choose_gpu_tests(config, items, os.environ.get("CAPI_GPU_TESTS", "all"))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def choose_gpu_tests(config: pytest.Config, items: list[pytest.Item], count: str) -> None:
+    """Leaves so many of the tests that need a GPU, of every test function some; "all" leaves all."""
+    if count != "all":
+        gpu = [item for item in items if item.get_closest_marker("gpu")]
+        kept = set(stratified(gpu, int(count), lambda item: (item.path, item.originalname)))
+        config.hook.pytest_deselected(items=[item for item in gpu if item not in kept])
+        items[:] = [item for item in items if item in kept or not item.get_closest_marker("gpu")]
 
 
 @pytest.fixture

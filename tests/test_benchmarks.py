@@ -1,29 +1,34 @@
-"""The benchmarks' own parts: counts, peers, the clock, the race, and the report of raw files."""
+"""The benchmarks' own parts: counts, peers, the official step, the race."""
 
-import json
-from collections.abc import Callable
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from numerics import assert_as_accurate
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 pytest.importorskip("pytest_benchmark")
 
-from benchmarks import costs, measure, peers, report
+from benchmarks import costs, measure, official_model, official_step, peers
 from benchmarks.attention import AttentionCase
 from benchmarks.heads import HeadCase, enter_sinkhorn, enter_student_loss
-from benchmarks.measure import OURS, Contestant, Measurement, Unavailable, race
-from benchmarks.official_step import OfficialStep, cast_parameters, restated_groups, restated_model
+from benchmarks.measure import OURS, Compiled, Failed, Measurement, compilation, race
+from benchmarks.official_step import OfficialStep, cast_parameters
 from benchmarks.shapes import Logits
+from benchmarks.timing import Contestant, Unavailable
 from benchmarks.train_step import configuration, draw_batch, our_step
 from capi.distributed import World
 from capi.step import Trainer
 
 CPU = torch.device("cpu")
 peers_rotate = peers._rotate
-H200 = costs.Ceilings(4300.0, 790.0)
+ONE_BLOCK_EACH = ("--model.encoder_depth", "1", "--model.predictor_depth", "1")
+H200 = costs.Ceilings(4300.0, 790.0, 1 << 30)
 
 
 # The figures of the floors: bytes, FLOP and microseconds on one H200, batch 512, 16 heads of 64, bf16.
@@ -66,7 +71,7 @@ def test_the_head_moves_ten_bytes_an_element_and_its_products_take_longer() -> N
 
 
 def test_a_floor_is_the_longer_of_the_two_times() -> None:
-    ceilings = costs.Ceilings(1000.0, 1.0)
+    ceilings = costs.Ceilings(1000.0, 1.0, 1 << 30)
     assert costs.Cost(10**12, 10**11).floor_seconds(ceilings) == 1.0
     assert costs.Cost(10**11, 3 * 10**12).floor_seconds(ceilings) == 3.0
     assert costs.Cost(None, 3 * 10**12).floor_seconds(ceilings) == 3.0
@@ -81,7 +86,7 @@ def test_attention_entrants_compute_the_definition(name: str, queries: int | Non
     case = AttentionCase(5, queries, 29, 2, 8, CPU, torch.float32)
     for direction in ("forward", "backward"):
         contestant = case.enter(name, direction)
-        contestant.run(*contestant.arguments(0))
+        contestant.run(*contestant.operands(0))
 
 
 @pytest.mark.parametrize("queries", [None, 3])
@@ -125,6 +130,22 @@ def test_peers_that_need_a_gpu_say_so() -> None:
             peers.attention(name, layout)
 
 
+def test_xformers_is_given_the_runtime_that_it_is_linked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a PyTorch of CUDA 13 it would else find no operator."""
+    library = tmp_path / "nvidia" / "cuda_runtime" / "lib" / "libcudart.so.12"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    loaded: list[str] = []
+    monkeypatch.setattr(peers.ctypes, "CDLL", lambda path, mode: loaded.append(path))
+    monkeypatch.delitem(sys.modules, "nvidia", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        peers._load_cuda_12()
+    finally:
+        sys.modules.pop("nvidia", None)
+    assert str(library) in loaded
+
+
 @pytest.mark.parametrize("name", [OURS, "official_eager"])
 def test_head_entrants_compute_the_definition(name: str) -> None:
     shape = Logits(3, 5, 40, 3, 8)
@@ -135,7 +156,7 @@ def test_head_entrants_compute_the_definition(name: str) -> None:
     )
     for enter in enters:
         contestant = enter()
-        contestant.run(*contestant.arguments(0))
+        contestant.run(*contestant.operands(0))
 
 
 def test_the_official_head_gives_our_targets() -> None:
@@ -150,7 +171,7 @@ def test_the_official_step_is_ours() -> None:
     config = configuration("tiny", 6, CPU, torch.float32, *options)
     config.model.embed_dim, config.model.n_registers = 32, 8
     trainer = Trainer(config, World(0, 1, CPU))
-    official = OfficialStep(config, trainer.model.state_dict(), CPU, torch.float32, compiled=False)
+    official = OfficialStep(config, trainer.model.state_dict(), CPU, torch.float32, backend=None)
     for step in range(100, 103):
         images, masks = draw_batch(config, step, CPU)
         ours = our_step(trainer, images, masks, step)
@@ -161,7 +182,7 @@ def test_the_official_step_is_ours() -> None:
 
 def test_the_restated_step_groups_parameters_as_ours() -> None:
     config = configuration("tiny", 6, CPU, torch.float32)
-    model, trainer = restated_model(config), Trainer(config, World(0, 1, CPU))
+    model, trainer = official_model.build_model(config), Trainer(config, World(0, 1, CPU))
 
     def multipliers(student: torch.nn.Module, groups: list[dict], decay: str) -> dict[str, tuple[float, float]]:
         names = {parameter: name for name, parameter in student.named_parameters()}
@@ -169,7 +190,7 @@ def test_the_restated_step_groups_parameters_as_ours() -> None:
 
     ours = multipliers(trainer.model.student, trainer.optimizers[0].param_groups, "weight_decay")
     ours = {name: (lr, pytest.approx(decay / config.optim.weight_decay)) for name, (lr, decay) in ours.items()}
-    theirs = multipliers(model["student"], restated_groups(model["student"], config), "wd_multiplier")
+    theirs = multipliers(model["student"], official_model.parameter_groups(model["student"], config), "wd_multiplier")
     assert {lr for name, (lr, _) in theirs.items() if "rope" in name} == {0.0}
     assert {name: x for name, x in theirs.items() if "rope" not in name} == ours
 
@@ -210,70 +231,127 @@ def test_a_race_measures_the_peak_of_a_call() -> None:
     assert 4000 <= results["ours"].peak_memory_bytes < 4200
 
 
-@pytest.mark.parametrize("name", ["ours", "peer"])
-def test_nothing_fails_quietly_on_a_cpu(name: str) -> None:
-    def fail() -> Contestant:
-        raise AssertionError("wrong result")
+@pytest.mark.parametrize("error", [AssertionError("wrong result"), RuntimeError("wrong result")], ids=repr)
+@pytest.mark.parametrize("wrong", ["ours", "peer"])
+def test_nothing_fails_quietly_on_a_cpu_nor_stops_the_others(wrong: str, error: Exception) -> None:
+    def enter(name: str) -> Contestant:
+        if name == wrong:
+            raise error
+        return Contestant(lambda: None)
 
-    with pytest.raises(AssertionError, match="wrong result"):
-        race({name: fail}, CPU, 3, 60)
+    results = race({name: lambda name=name: enter(name) for name in ("ours", "peer")}, CPU, 3, 60)
+    assert isinstance(results.pop(wrong), Failed)
+    (other,) = results.values()
+    assert len(other.seconds) == 3
+
+
+def test_a_run_that_fails_in_its_rounds_is_left_out_of_those_that_follow() -> None:
+    calls = []
+
+    def run(round_number: int) -> None:
+        calls.append(round_number)
+        assert round_number < 2, "wrong in the third round"
+
+    entrants = {"ours": lambda: Contestant(run, lambda i: (i,)), "peer": lambda: Contestant(lambda: None)}
+    results = race(entrants, CPU, 5, 60)
+    assert str(results["ours"]) == "AssertionError: wrong in the third round"
+    assert len(results["peer"].seconds) == 5
+    assert calls == [0, 0, 1, 2]
+
+
+# Graph breaks
+
+
+def compiled_step(recompute: bool, dtype: torch.dtype, *options: str) -> tuple[OfficialStep, tuple]:
+    config = configuration("tiny", 6, CPU, torch.float32, *options)
+    state = Trainer(config, World(0, 1, CPU)).model.state_dict()
+    step = OfficialStep(config, state, CPU, dtype, backend="eager", recompute=recompute)
+    images, masks = draw_batch(config, 0, CPU)
+    return step, (step.prepare(images), masks, 100)
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Stands in for a GPU whose every timed call takes 8 ms, and notes what it is asked."""
-    asked: list[str] = []
-
-    class Event:
-        def __init__(self, enable_timing: bool):
-            assert enable_timing
-
-        def record(self) -> None:
-            asked.append("record")
-
-        def synchronize(self) -> None:
-            asked.append("synchronize event")
-
-        def elapsed_time(self, end: "Event") -> float:
-            return 8.0
-
-    for name in ("synchronize", "_sleep", "empty_cache", "reset_peak_memory_stats"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: asked.append(name))
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 100)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 350)
-    return asked
+def fresh_compiler() -> Iterator[None]:
+    with torch._dynamo.config.patch(ignore_logging_functions=set()):
+        torch.compiler.reset()
+        yield
+    torch.compiler.reset()
 
 
-def test_a_gpu_is_timed_by_its_events(gpu: list[str]) -> None:
-    contestant = Contestant(lambda: gpu.append("run"))
-    assert measure.seconds_of(contestant, 0, torch.device("cuda")) == 8e-3
-    assert gpu == ["synchronize", "_sleep", "record", "run", "record", "synchronize event"]
-    gpu.clear()
-    assert measure.seconds_of(Contestant(lambda: gpu.append("run"), calls=4), 0, torch.device("cuda")) == 2e-3
-    assert gpu == ["synchronize", "record", "run", "record", "synchronize event"]
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize(("recompute", "dtype"), [(False, torch.float32), (True, torch.bfloat16)], ids=str)
+def test_the_official_step_compiles_into_two_graphs_without_a_break(recompute: bool, dtype: torch.dtype) -> None:
+    """With CAPI_OFFICIAL the code itself, whose log lines would break the graphs."""
+    step, arguments = compiled_step(recompute, dtype)
+
+    def enter() -> Contestant:
+        step(*arguments)
+        return Contestant(lambda: None)
+
+    assert race({"official_compiled": enter}, CPU, 3, 0.0)["official_compiled"].compiled == Compiled(graphs=2)
 
 
-@pytest.mark.parametrize("one_at_a_time", [False, True])
-@pytest.mark.usefixtures("gpu")
-def test_on_a_gpu_a_peer_that_fails_is_left_out_and_we_are_not(one_at_a_time: bool) -> None:
-    def fail(*_: object) -> Contestant:
-        raise RuntimeError("no kernel image\nfor this device")
+@pytest.mark.usefixtures("fresh_compiler")
+def test_log_lines_break_no_graph_of_the_official_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The official code has some, which is restated without."""
+    monkeypatch.delenv("CAPI_OFFICIAL", raising=False)
+    logger, do_student = logging.getLogger("official"), official_model.do_student
 
-    def race_of(ours: Contestant | None) -> dict:
-        entrants = {
-            "enters": fail,
-            "runs": lambda: Contestant(fail),
-            "ours": fail if ours is None else lambda: ours,
-            "peer": lambda: Contestant(lambda: None),
-        }
-        return race(entrants, torch.device("cuda"), 3, 60, one_at_a_time)
+    def talkative(*arguments: object) -> torch.Tensor:
+        logger.debug(f"a step of {len(arguments)} arguments")
+        return do_student(*arguments)
 
-    results = race_of(Contestant(lambda: None))
-    assert str(results["enters"]) == str(results["runs"]) == "RuntimeError: no kernel image"
-    assert results["ours"] == results["peer"] == Measurement([8e-3] * 3, 250)
-    with pytest.raises(RuntimeError, match="no kernel image"):
-        race_of(None)
+    monkeypatch.setattr(official_model, "do_student", talkative)
+    step, arguments = compiled_step(False, torch.float32, *ONE_BLOCK_EACH)
+    torch._dynamo.utils.counters.clear()
+    step(*arguments)
+    assert compilation() == Compiled(graphs=2)
+
+
+def with_a_policy_that_is_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Recomputed(torch.nn.Module):
+        def __init__(self, block: torch.nn.Module):
+            super().__init__()
+            self.block = block
+
+        @classmethod
+        def policy(cls, *arguments: object, **options: object) -> CheckpointPolicy:
+            return official_step._policy(*arguments, **options)
+
+        def forward(self, *arguments: torch.Tensor, **options: torch.Tensor | None) -> torch.Tensor:
+            contexts = partial(create_selective_checkpoint_contexts, self.policy)
+            return checkpoint(self.block, *arguments, use_reentrant=False, context_fn=contexts, **options)
+
+    monkeypatch.setattr(official_step, "_Recomputed", Recomputed)
+
+
+def with_a_break(monkeypatch: pytest.MonkeyPatch) -> None:
+    do_student = official_model.do_student
+
+    def broken(*arguments: object) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return do_student(*arguments)
+
+    monkeypatch.setattr(official_model, "do_student", broken)
+    monkeypatch.delenv("CAPI_OFFICIAL", raising=False)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Of what a break leaves over.
+@pytest.mark.parametrize("plant", [with_a_policy_that_is_a_method, with_a_break])
+def test_a_peer_whose_graph_breaks_has_failed(plant: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would run in part without the compiler."""
+    plant(monkeypatch)
+    step, arguments = compiled_step(True, torch.float32, *ONE_BLOCK_EACH)
+
+    def enter() -> Contestant:
+        step(*arguments)
+        return Contestant(lambda: None)
+
+    results = race({"official_compiled": enter, "ours": lambda: Contestant(lambda: None)}, CPU, 3, 0.0)
+    assert isinstance(results["official_compiled"], Failed)
+    assert "expected 0 graph breaks, got " in str(results["official_compiled"])
+    assert results["ours"].compiled == Compiled(), "breaks are counted for each apart"
 
 
 def test_inputs_rotate_past_the_cache_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,187 +374,6 @@ def test_the_deadline_leaves_out_what_needs_longer(monkeypatch: pytest.MonkeyPat
         deadline.check(200)
     monkeypatch.delenv("CAPI_BENCH_SECONDS")
     measure.Deadline().check(1e9)
-
-
-def test_ceilings_are_measured_in_the_units_they_are_named_after(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "seconds_of", lambda *_: 1e-3)
-    ceilings = measure.measure_ceilings(CPU, copied_bytes=10**6, matmul_size=100)
-    assert ceilings == costs.Ceilings(2.0, 2e-3)
-
-
-# The report, from raw files made up here.
-
-
-def entry(implementation: str, seconds: float, op: str = "visible_attention", **more: object) -> dict:
-    shape = {"images": 512, "tokens": 106, "heads": 16, "head_dim": 64}
-    cost, ceilings = costs.attention(512, 106, 106, 16, 64, 2, "forward"), more.pop("ceilings", H200._asdict())
-    floor = None if ceilings is None else cost.floor_seconds(H200)
-    extra = {
-        "op": op,
-        "shape": shape,
-        "direction": "forward",
-        "implementation": implementation,
-        "dtype": "bfloat16",
-        "bytes": cost.bytes,
-        "flop": cost.flop,
-        "floor_seconds": floor,
-        "share_of_floor": None if floor is None else floor / seconds,
-        "peak_memory_bytes": 3 * 2**20,
-        "ceilings": ceilings,
-        **more,
-    }
-    return {"extra_info": extra, "stats": {"median": seconds, "min": seconds / 2}}
-
-
-def raw(folder: Path, file: str, date: str, benchmarks: list[dict], absent: list[dict] = (), gpu: str | None = None):
-    machine = {
-        "gpu": gpu,
-        "driver": "580.1",
-        "cuda": "13.0",
-        "torch": "2.11.0",
-        "triton": "3.6.0",
-        "threads": 2,
-        "command": "python -m pytest benchmarks --benchmark-only",
-        "cpu": {"brand_raw": "Some CPU"},
-    }
-    content = {
-        "machine_info": machine,
-        "commit_info": {"id": "0123456789abcdef", "dirty": False},
-        "datetime": date,
-        "benchmarks": benchmarks,
-        "absent": list(absent),
-    }
-    (folder / file).write_text(json.dumps(content))
-
-
-def absent(implementation: str, reason: str) -> dict:
-    return {key: entry(implementation, 1.0)["extra_info"][key] for key in ("op", "shape", "direction")} | {
-        "implementation": implementation,
-        "reason": reason,
-    }
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    step = {"shape": {"preset": "vits14", "batch": 512}, "direction": "step", "images_per_second": 2048.0, "mfu": 0.31}
-    raw(
-        tmp_path,
-        "h200.json",
-        "2026-12-01T10:00:00",
-        [
-            entry(OURS, 130e-6),
-            entry("sdpa_cudnn", 390e-6, peak_memory_bytes=6 * 2**20),
-            entry("sdpa_flash", 400e-6),
-            entry("varlen_attn", 260e-6, peak_memory_bytes=2 * 2**20),
-        ],
-        [absent("xformers", "xformers is not installed"), absent("flex_attention", "out of time")],
-        gpu="NVIDIA H200",
-    )
-    raw(
-        tmp_path,
-        "h200.train_step.json",
-        "2026-12-01T11:00:00",
-        [
-            entry(OURS, 0.25, "train_step", bytes=None, **step),
-            entry("flex_attention", 520e-6),
-            entry(OURS, 125e-6),
-        ],
-        gpu="NVIDIA H200",
-    )
-    raw(tmp_path, "cpu.json", "2026-12-02T10:00:00", [entry(OURS, 1.5, ceilings=None)])
-    return tmp_path
-
-
-def test_parts_of_one_machine_make_one_report(folder: Path) -> None:
-    """The newest of equal entries stands, and what ran in any part is not absent."""
-    text = report.markdown(report.read("h200", folder))
-    lines = text.splitlines()
-    assert lines[0] == "# NVIDIA H200"
-    assert "copy 4300 GB/s" in text
-    assert "790 TFLOP/s" in text
-    assert "2026-12-01 10:00 at commit 0123456789" in text
-    assert "2026-12-01 11:00 at commit 0123456789" in text
-    row = next(line for line in lines if line.startswith("| 512 images, 106 tokens"))
-    assert [cell.strip() for cell in row.strip("|").split("|")] == [
-        "512 images, 106 tokens, 16 heads, 64 head_dim",
-        "forward",
-        "125 us",
-        "390 us",
-        "400 us",
-        "260 us",
-        "520 us",
-        "2.08x (varlen_attn)",
-        "3585 GB/s, 189 TFLOP/s",
-        "83%",
-        "3.0 MiB",
-        "1.50x",
-    ]
-    assert "| vits14, 512 batch | step | 250 ms (2048 images/s, MFU 31.0%) |" in text
-    assert (
-        "- xformers, visible_attention 512 images, 106 tokens, 16 heads, 64 head_dim: xformers is not installed" in text
-    )
-    assert "out of time" not in text
-
-
-def test_the_report_of_a_cpu_names_no_floor(folder: Path) -> None:
-    report.main([str(folder / "cpu.json")])
-    text = (folder / "cpu.md").read_text()
-    assert text.startswith("# CPU\n\n- Some CPU, 2 threads, PyTorch 2.11.0")
-    assert "Ceilings" not in text
-    assert "| 750 ms |" in text  # The fastest round.
-    assert "- Fastest of" in text
-    assert not (folder / "cpu.png").exists()
-
-
-def test_a_gpu_report_comes_with_a_roofline(folder: Path) -> None:
-    report.main([str(folder / "h200.json"), str(folder / "h200.train_step.json")])
-    assert "![roofline](h200.png)" in (folder / "h200.md").read_text()
-    assert (folder / "h200.png").read_bytes().startswith(b"\x89PNG")
-    assert not (folder / "h200.train_step.md").exists()
-
-
-def test_the_readme_takes_the_gpu_measured_last(folder: Path, tmp_path: Path) -> None:
-    raw(folder, "a100.json", "2026-11-30T10:00:00", [entry(OURS, 1.0)], gpu="NVIDIA A100")
-    section = report.readme_section(folder)
-    assert "NVIDIA H200" in section
-    assert "A100" not in section
-    assert "| visible_attention | 512 images, 106 tokens, 16 heads, 64 head_dim | forward | 125 us | 2.08x" in section
-    assert "(benchmarks/results/cpu.md)" in section
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    report.write_readme(readme, folder)
-    report.write_readme(readme, folder)
-    assert readme.read_text() == f"before\n{report.BEGIN}\n\n{section}\n\n{report.END}\nafter\n"
-
-
-def test_without_a_gpu_the_readme_says_so(tmp_path: Path) -> None:
-    raw(tmp_path, "cpu.json", "2026-12-02T10:00:00", [entry(OURS, 1.0, ceilings=None)])
-    assert report.readme_section(tmp_path).startswith("Speed on a GPU: not yet measured.")
-
-
-def test_the_readme_shows_the_newest_raw_file() -> None:
-    """`python benchmarks/report.py --readme` writes what stands there."""
-    text = report.README.read_text()
-    assert text.split(report.BEGIN)[1].split(report.END)[0] == f"\n\n{report.readme_section()}\n\n"
-
-
-def test_the_reports_are_those_of_the_raw_files() -> None:
-    """`python benchmarks/report.py benchmarks/results/*.json` writes what stands there."""
-    for name in {path.name.split(".")[0] for path in report.RESULTS.glob("*.json")}:
-        assert (report.RESULTS / f"{name}.md").read_text() == report.markdown(report.read(name))
-
-
-def test_missing_results_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"h100\.json"):
-        report.read("h100", tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(1.234, "1.23 s"), (0.99951, "1000 ms"), (0.0123, "12.3 ms"), (56e-6, "56.0 us"), (2e-7, "0.200 us")],
-)
-def test_durations_keep_three_digits(seconds: float, text: str) -> None:
-    assert report.duration(seconds) == text
 
 
 def test_measurements_have_a_median() -> None:
