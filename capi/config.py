@@ -139,15 +139,18 @@ class RunConfig:
     """Where and how a run executes; should not change its results beyond rounding."""
 
     output_dir: str = "runs/capi"
-    """Run folder: configuration, metrics, checkpoints, encoder, pictures."""
+    """Run folder: configuration, metrics, checkpoints, encoder, pictures. One process uses it: of several, rank 0."""
     resume: bool = True
-    """Go on from the newest checkpoint of the run folder, if there is one."""
+    """Go on from the newest checkpoint of the run folder, if there is one; off moves what is there to DIR.1 (or .2 ...)
+    and starts anew."""
+    allow_changes: list[str] = field(default_factory=list)
+    """Fields, such as [optim.steps, data.source], that may have other values than the run that is gone on with."""
     seed: int = 0
     """Seeds initialisation, data order, crops, masks and drop-path."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes the GPU where there is one."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Compute type; weights stay fp32. auto is bf16 on a GPU that has it, else fp32."""
+    """Compute type; weights stay fp32. auto is bf16 on a GPU that has it, else fp32. A run keeps what it began with."""
     micro_batch_size: int | None = None
     """Most images of a rank that pass through the model at a time; None takes all of them. Fewer need less memory:
     Sinkhorn still balances the whole batch, and gradients are accumulated."""
@@ -165,7 +168,7 @@ class RunConfig:
     max_nan_steps: int = 3
     """Consecutive steps with a non-finite loss after which the run stops."""
     evaluate: bool = True
-    """Finish with k-NN evaluations (on the held-out synthetic scenes) and pictures."""
+    """Draw pictures at every checkpoint, and finish with k-NN evaluations (on the held-out synthetic scenes)."""
 
 
 @dataclass

@@ -8,21 +8,19 @@ from pathlib import Path
 from types import FrameType
 
 import torch
-import yaml
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from capi.checkpoint import load_newest_checkpoint, newest_checkpoint, save_checkpoint, save_encoder
-from capi.config import Config, check_config, load_config, to_yaml
-from capi.data import ImageStream, evaluation_images
+from capi.checkpoint import newest_checkpoint, save_checkpoint, step_of
+from capi.config import Config, check_config, load_config
+from capi.data import ImageStream
 from capi.distributed import World, any_rank, average, gather, join_world
-from capi.evaluate import evaluate_synthetic, format_table
 from capi.masking import check_masking
 from capi.metrics import AssignmentStatistics, MetricsWriter, entropy_floor, peak_flops, training_flop_per_image
-from capi.model import CAPI, normalize_images
 from capi.prefetch import DevicePrefetcher
+from capi.results import Results
+from capi.resume import begin, described, fingerprint_of, run_folder, together
 from capi.step import StepResult, Trainer
-from capi.visualize import plot_curves, plot_pca_maps
 
 logger = logging.getLogger("capi")
 
@@ -52,41 +50,37 @@ def train(config: Config, world: World) -> int:
     """Runs or resumes a training in `config.run.output_dir`; returns the exit status.
 
     Raises:
-        ValueError: the configuration does not fit together, or the folder holds a run of another configuration.
+        ValueError: the configuration does not fit together, or the folder is in use or holds a run of another
+            configuration.
+        OSError: the run folder cannot be read or written to. (Where a checkpoint cannot be written, the run goes on.)
         Diverged: the losses were not finite for `config.run.max_nan_steps` steps in a row.
     """
+    together(lambda: _check(config, world))
+    run_dir = Path(config.run.output_dir)
+    with run_folder(run_dir, world) as folder:
+        trainer = Trainer(config, world)
+        start, stream = begin(trainer, folder)
+        results = Results(trainer, run_dir)
+        if world.is_main:
+            _announce(config, trainer, start)
+        if stream is not None:
+            with logging_redirect_tqdm():  # a log line does not break the progress bar
+                signum = _run_steps(trainer, start, stream, run_dir, results)
+            if signum is not None:
+                return 128 + signum
+        return together(lambda: _finish(config, results, run_dir) if world.is_main else 0)
+
+
+def _check(config: Config, world: World) -> None:
     check_config(config, world.size)
     side = config.data.image_size // config.model.patch_size
     check_masking(config.masking, (side, side))
-    run_dir = Path(config.run.output_dir)
-    trainer = Trainer(config, world)
-    checkpoint = load_newest_checkpoint(run_dir) if config.run.resume else None
-    start = 0
-    if checkpoint is not None:
-        _check_same_run(config, checkpoint["config"], run_dir)
-        trainer.load_state_dict(checkpoint["trainer"])
-        start = checkpoint["step"]
-    if world.is_main:
-        _announce(config, trainer, start)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(to_yaml(config))
-    if start < config.optim.steps:
-        streams = checkpoint["streams"] if checkpoint else []
-        stream_state = streams[world.rank % len(streams)] if streams else None
-        with logging_redirect_tqdm():  # a log line does not break the progress bar
-            signum = _run_steps(trainer, start, stream_state, run_dir)
-        if signum is not None:
-            return 128 + signum
-    if world.is_main:
-        _finish(config, trainer, run_dir)
-    return 0
 
 
-def _run_steps(trainer: Trainer, start: int, stream_state: dict | None, run_dir: Path) -> int | None:
+def _run_steps(trainer: Trainer, start: int, stream: ImageStream, run_dir: Path, results: Results) -> int | None:
     """Trains from step `start` to the end, or to a stop signal, which it returns."""
     config, world = trainer.config, trainer.world
     n_tokens = (config.data.image_size // config.model.patch_size) ** 2
-    stream = ImageStream(config, rank=world.rank, world_size=world.size, start_step=start, state=stream_state)
     statistics = AssignmentStatistics(n_tokens, config.clustering.n_prototypes)
     writer = MetricsWriter(run_dir, start) if world.is_main else None
     stop = StopRequest()
@@ -127,11 +121,14 @@ def _run_steps(trainer: Trainer, start: int, stream_state: dict | None, run_dir:
                 signum = stop.signum
                 stopping = any_rank(signum is not None)
                 if done % config.run.checkpoint_every == 0 or last or stopping:
-                    _save(trainer, done, batches, run_dir)
+                    saved = _save(trainer, done, batches, fingerprint_of(stream), run_dir)
+                    if saved and world.is_main and not last:
+                        _write_results(results)
                 if stopping and not last:
                     bar.close()
                     name = signal.Signals(signum).name if signum else "a signal on another rank"
-                    logger.warning("stopped by %s after step %d; the same command goes on from there", name, done)
+                    where = _goes_on_from(run_dir, done) if world.is_main else "there"
+                    logger.warning("stopped by %s after step %d; the same command goes on from %s", name, done, where)
                     return signum or signal.SIGTERM
     finally:
         stop.restore()
@@ -228,33 +225,39 @@ def _check_finite(trainer: Trainer, run_dir: Path, limit: int) -> None:
         )
 
 
-def _save(trainer: Trainer, step: int, batches: DevicePrefetcher, run_dir: Path) -> None:
+def _save(trainer: Trainer, step: int, batches: DevicePrefetcher, fingerprint: str | None, run_dir: Path) -> bool:
+    """Whether the state of this step is sound; where its checkpoint cannot be written, a line in the log says so."""
     if trainer.bad_steps > 0:
         logger.warning("the losses of step %d are not finite: no checkpoint is written", step)
-        return
+        return False
     streams = gather(batches.state_dict())
     if trainer.world.is_main:
         state = {
             "step": step,
             "trainer": trainer.state_dict(),
             "streams": streams,
-            "config": yaml.safe_load(to_yaml(trainer.config)),
+            "config": described(trainer),
+            "data_fingerprint": fingerprint,
         }
-        save_checkpoint(run_dir, step, state, trainer.config.run.keep_checkpoints)
+        try:
+            save_checkpoint(run_dir, step, state, trainer.config.run.keep_checkpoints)
+        except OSError as error:
+            logger.error("%s; the newest checkpoint: %s", error, newest_checkpoint(run_dir) or "none")
+    return True
 
 
-def _check_same_run(config: Config, saved: dict, run_dir: Path) -> None:
-    """Resuming under another configuration would silently mix two runs."""
-    current = yaml.safe_load(to_yaml(config))
-    changed = []
-    for group in current.keys() - {"run"}:
-        fields = current[group].keys() - {"num_workers"}
-        changed += [f"{group}.{f}" for f in sorted(fields) if current[group][f] != saved.get(group, {}).get(f)]
-    if changed:
-        raise ValueError(
-            f"{run_dir} holds a run with other values of {', '.join(sorted(changed))}; "
-            "expected the same configuration, another run.output_dir, or run.resume false"
-        )
+def _write_results(results: Results) -> None:
+    try:
+        results.write()
+    except OSError as error:
+        logger.error("%s", error)
+
+
+def _goes_on_from(run_dir: Path, done: int) -> str:
+    newest = newest_checkpoint(run_dir)
+    if newest is None:
+        return "the start"
+    return "there" if step_of(newest) == done else f"step {step_of(newest)}"
 
 
 def _announce(config: Config, trainer: Trainer, start: int) -> None:
@@ -279,27 +282,13 @@ def _announce(config: Config, trainer: Trainer, start: int) -> None:
         )
 
 
-def _finish(config: Config, trainer: Trainer, run_dir: Path) -> None:
-    """Exports the encoder, draws the pictures, and compares the encoder with the untrained one and with pixels."""
-    ema = trainer.model.student_ema.eval()
-    save_encoder(run_dir / "encoder.safetensors", ema, config.model)
-    logger.info("wrote %s", run_dir / "encoder.safetensors")
-    if not config.run.evaluate:
-        return
-    plot_curves(run_dir / "metrics.jsonl", run_dir / "curves.png")
-    images = evaluation_images(config, 8)
-    with torch.no_grad():
-        _, _, feature_maps = ema.backbone(normalize_images(images.to(trainer.world.device)))
-    plot_pca_maps(images, feature_maps.float().cpu(), run_dir / "features.png")
-    logger.info("wrote %s and %s", run_dir / "curves.png", run_dir / "features.png")
-    if config.data.source == "synthetic":
-        torch.manual_seed(config.run.seed)
-        untrained = CAPI(config.model, config.clustering).init_weights().student.backbone.to(trainer.world.device)
-        results = evaluate_synthetic(config, {"trained": ema.backbone, "untrained": untrained.eval()})
-        (run_dir / "evaluation.yaml").write_text(yaml.safe_dump(results))
-        print(format_table(results))  # noqa: T201
-    else:
-        logger.info("no k-NN table: labels are known for the synthetic scenes only")
+def _finish(config: Config, results: Results, run_dir: Path) -> int:
+    """Writes the results, and returns the exit status: 1 where the last checkpoint could not be written."""
+    logger.info("wrote %s", ", ".join(map(str, results.write(at_the_end=True))))
+    if config.run.evaluate:
+        results.compare()
+    newest = newest_checkpoint(run_dir)
+    return int(newest is None or step_of(newest) < config.optim.steps)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,4 +1,3 @@
-import json
 import os
 import re
 import signal
@@ -12,6 +11,7 @@ import pytest
 import torch
 import yaml
 from numerics import peak_allocation
+from tiny_runs import assert_equal_states, load_tiniest, metrics_of, tiniest
 
 from capi import pretrained
 from capi.checkpoint import load_newest_checkpoint
@@ -24,51 +24,10 @@ from capi.prefetch import DevicePrefetcher
 from capi.step import Trainer
 from capi.train import main
 
-TINIEST = """
-model: {patch_size: 4, embed_dim: 16, num_heads: 2, encoder_depth: 1, predictor_depth: 1, n_registers: 4,
-        drop_path_rate: 0.3}
-masking: {mask_ratio: [0.5, 0.7], prediction_subsampling: 0.5}
-data: {image_size: 16, num_workers: 0, synthetic_size: 64}
-clustering: {n_prototypes: 16}
-optim:
-  steps: 6
-  batch_size: 8
-  lr: {base: 1.0e-3, warmup_steps: 2}
-  momentum: {base: 0.9, start: 1.0, final: 1.0, warmup_steps: 2}
-  clustering_lr: {base: 5.0e-4, warmup_steps: 2}
-run: {log_every: 1, checkpoint_every: 3, evaluate: false, device: cpu}
-"""
-
 
 @pytest.fixture
 def arguments(tmp_path) -> list[str]:
-    (tmp_path / "tiniest.yaml").write_text(TINIEST)
-    return ["--config", str(tmp_path / "tiniest.yaml"), "--run.output_dir", str(tmp_path / "run")]
-
-
-def load_tiniest(tmp_path: Path, *options: str) -> Config:
-    (tmp_path / "tiniest.yaml").write_text(TINIEST)
-    return load_config(["--config", str(tmp_path / "tiniest.yaml"), *options])
-
-
-def metrics_of(run_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_equal_states(one: object, other: object, path: str = "") -> None:
-    if isinstance(one, dict):
-        assert isinstance(other, dict)
-        assert one.keys() == other.keys(), path
-        for key in one:
-            assert_equal_states(one[key], other[key], f"{path}.{key}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), path
-        for i, (a, b) in enumerate(zip(one, other, strict=True)):
-            assert_equal_states(a, b, f"{path}.{i}")
-    elif isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), path
-    else:
-        assert one == other, path
+    return tiniest(tmp_path)
 
 
 def test_a_run_writes_its_folder(arguments, tmp_path, capsys) -> None:
@@ -197,20 +156,6 @@ def test_a_finished_run_is_not_trained_again(arguments, tmp_path, caplog) -> Non
     assert main(arguments) == 0
     assert "all 6 steps are done already" in caplog.text
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
-
-
-def test_a_folder_of_another_run_is_not_overwritten(arguments, capsys) -> None:
-    assert main(arguments) == 0
-    assert main([*arguments, "--optim.batch_size", "16", "--model.embed_dim", "32"]) == 1
-    message = capsys.readouterr().err
-    assert "holds a run with other values of model.embed_dim, optim.batch_size" in message
-
-
-def test_more_steps_may_not_be_added_silently(arguments, capsys) -> None:
-    """Every schedule stretches with the number of steps, so that is another run."""
-    assert main(arguments) == 0
-    assert main([*arguments, "--optim.steps", "12"]) == 1
-    assert "optim.steps" in capsys.readouterr().err
 
 
 def test_losses_that_stay_nan_stop_the_run_and_leave_a_good_checkpoint(
@@ -419,8 +364,7 @@ np.testing.assert_allclose(*results, rtol=1e-5 if config.run.precision == "fp32"
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("mask_ratio", ["0.6", "[0.5,0.7]"])
 def test_compiled_steps_are_the_same_and_compile_no_more_once_warm(mask_ratio, precision, tmp_path) -> None:
-    (tmp_path / "tiniest.yaml").write_text(TINIEST)
-    arguments = ["--config", str(tmp_path / "tiniest.yaml"), "--masking.mask_ratio", mask_ratio]
+    arguments = [*tiniest(tmp_path), "--masking.mask_ratio", mask_ratio]
     arguments += ["--run.precision", precision, "--run.checkpoint_activations", str(precision == "bf16")]
     # In a process of its own: the type checks of these tests are not for the compiler.
     run = subprocess.run([sys.executable, "-c", COMPILED, *arguments], capture_output=True, text=True, timeout=600)
