@@ -1,0 +1,101 @@
+"""Images in shards that are streamed: .tar files, and Hugging Face data sets."""
+
+import os
+import tarfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import fsspec
+
+from capi.listing import IMAGE_EXTENSIONS, SourceError
+
+# A data set of a million loose files counts a million shards; finding one among them takes as many steps.
+_MAX_HUB_SHARDS = 1024
+
+
+class TarShards:
+    """Images in .tar shards (WebDataset's layout): members whose name after its first dot is the wanted extension.
+
+    The `webdataset` builder of Hugging Face `datasets` does not serve: it stops at the first broken shard, at samples
+    with different members, and decodes members that nobody asked for.
+    """
+
+    def __init__(self, pattern: str, image_key: str) -> None:
+        self.source = f"wds:{pattern}"
+        try:
+            from braceexpand import braceexpand
+        except ImportError as error:
+            raise ImportError(f"{self.source} needs braceexpand: pip install capi[data]") from error
+        self._urls = [url for expanded in braceexpand(pattern) for url in self._matches(expanded)]
+        self._extensions = IMAGE_EXTENSIONS if image_key == "auto" else {image_key.lower().lstrip(".")}
+
+    def _matches(self, pattern: str) -> list[str]:
+        if "://" in pattern:
+            return [pattern]
+        path = Path(pattern).expanduser()
+        matches = sorted(map(str, Path(path.anchor).glob(str(path.relative_to(path.anchor)))))
+        if not matches:
+            raise SourceError(f"{self.source}: expected .tar shards, found no file {pattern}")
+        return matches
+
+    @property
+    def n_shards(self) -> int:
+        return len(self._urls)
+
+    def shard(self, index: int) -> Iterator[tuple[str, Callable[[], bytes]]]:
+        """Names of the images of one shard, each with a function that reads it before the next is asked for."""
+        url = self._urls[index]
+        with fsspec.open(url, "rb") as file, tarfile.open(fileobj=file, mode="r|*", bufsize=2**20) as tar:
+            for member in tar:
+                basename = member.name.rpartition("/")[2]
+                hidden = basename.startswith(".")
+                if member.isfile() and not hidden and basename.partition(".")[2].lower() in self._extensions:
+                    yield f"{url}:{member.name}", partial(_member_bytes, tar, member)
+
+
+def _member_bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    return tar.extractfile(member).read()
+
+
+class HubShards:
+    """Images of a Hugging Face data set, streamed; `name` may be a local folder."""
+
+    def __init__(self, name: str, split: str, image_key: str) -> None:
+        self.source = f"hf:{name}"
+        try:
+            import datasets
+        except ImportError as error:
+            raise ImportError(f"{self.source} needs Hugging Face datasets: pip install capi[data]") from error
+        try:
+            dataset = datasets.load_dataset(os.path.expanduser(name), split=split, streaming=True)  # noqa: PTH111
+        except Exception as error:
+            raise SourceError(f"{self.source}: split {split} cannot be loaded: {error}") from error
+        if dataset.column_names is not None and image_key not in dataset.column_names:
+            raise SourceError(
+                f"{self.source}: data.image_key must be one of the columns {dataset.column_names}, got {image_key}"
+            )
+        self._column = image_key
+        self._dataset = dataset.select_columns([image_key]).cast_column(image_key, datasets.Image(decode=False))
+
+    @property
+    def n_shards(self) -> int:
+        return min(self._dataset.num_shards, _MAX_HUB_SHARDS)
+
+    def shard(self, index: int) -> Iterator[tuple[str, Callable[[], bytes]]]:
+        """Names of the images of one shard, each with a function that reads it."""
+        # Plain iteration would divide the shard among the loader processes of torch once more; by batches it does not.
+        batches = self._dataset.shard(self.n_shards, index).iter(batch_size=16)
+        rows = (row for batch in batches for row in batch[self._column])
+        for position, image in enumerate(rows):
+            path = (image or {}).get("path") or "no path"
+            yield f"{self.source} shard {index} row {position} ({path})", partial(_stored_bytes, image)
+
+
+def _stored_bytes(image: dict | None) -> bytes:
+    if image is None:
+        raise ValueError("the row has no image")
+    if image.get("bytes") is not None:
+        return image["bytes"]
+    with fsspec.open(image["path"], "rb") as file:
+        return file.read()
