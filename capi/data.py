@@ -200,7 +200,6 @@ class ImageStream:
         self._skipped: set[str] = set()
         self._n_processes = max(config.data.num_workers, 1)
         self._layout = {
-            "source": config.data.source,
             "rank": rank,
             "world_size": world_size,
             "num_workers": self._n_processes,
@@ -209,6 +208,7 @@ class ImageStream:
         }
         self._cursors: dict[int, Cursor] = {}
         if isinstance(self._source, ShardedSource):
+            self._layout["content"] = self._source.fingerprint
             self._cursors = self._first_cursors(step, state)
         self._note_step()
 
@@ -231,6 +231,14 @@ class ImageStream:
         elif step > 0:
             logger.warning("no position of the stream is known at step %d: epoch 0 restarts", step)
         return {process: Cursor(epoch) for process in range(self._n_processes)}
+
+    @property
+    def fingerprint(self) -> str | None:
+        """What tells the source's files from others wherever they lie: number, names and sizes; None if unknown.
+
+        A folder asks its file system for every size, once: minutes for many millions of files.
+        """
+        return self._source.fingerprint
 
     @property
     def n_skipped(self) -> int:

@@ -3,12 +3,12 @@
 import os
 import tarfile
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import fsspec
 
-from capi.listing import IMAGE_EXTENSIONS, SourceError
+from capi.listing import IMAGE_EXTENSIONS, SourceError, listing_fingerprint
 
 # A data set of a million loose files counts a million shards; finding one among them takes as many steps.
 _MAX_HUB_SHARDS = 1024
@@ -43,6 +43,11 @@ class TarShards:
     def n_shards(self) -> int:
         return len(self._urls)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Number, names below the folder that holds them all, and sizes (of local ones) of the shards."""
+        return _fingerprint(self._urls)
+
     def shard(self, index: int) -> Iterator[tuple[str, Callable[[], bytes]]]:
         """Names of the images of one shard, each with a function that reads it before the next is asked for."""
         url = self._urls[index]
@@ -68,15 +73,23 @@ class HubShards:
         except ImportError as error:
             raise ImportError(f"{self.source} needs Hugging Face datasets: pip install capi[data]") from error
         try:
-            dataset = datasets.load_dataset(os.path.expanduser(name), split=split, streaming=True)  # noqa: PTH111
+            builder = datasets.load_dataset_builder(os.path.expanduser(name))  # noqa: PTH111
+            dataset = builder.as_streaming_dataset(split)
         except Exception as error:
             raise SourceError(f"{self.source}: split {split} cannot be loaded: {error}") from error
         if dataset.column_names is not None and image_key not in dataset.column_names:
             raise SourceError(
                 f"{self.source}: data.image_key must be one of the columns {dataset.column_names}, got {image_key}"
             )
+        files = builder.config.data_files or {}
+        self._files = [file for part in split.split("+") for file in files.get(part.strip(), ())]
         self._column = image_key
         self._dataset = dataset.select_columns([image_key]).cast_column(image_key, datasets.Image(decode=False))
+
+    @cached_property
+    def fingerprint(self) -> str | None:
+        """Number, names and sizes of a local data set's files; those of the Hub are named with their revision."""
+        return _fingerprint(self._files) if self._files else None
 
     @property
     def n_shards(self) -> int:
@@ -99,3 +112,22 @@ def _stored_bytes(image: dict | None) -> bytes:
         return image["bytes"]
     with fsspec.open(image["path"], "rb") as file:
         return file.read()
+
+
+def _fingerprint(urls: list[str]) -> str:
+    # What follows a question mark is a key that expires.
+    paths = [f"/{url.partition('?')[0]}" if "://" in url else os.path.abspath(url) for url in urls]  # noqa: PTH100
+    folder = os.path.commonpath([os.path.dirname(path) for path in paths])  # noqa: PTH120
+    return listing_fingerprint(
+        (os.fsencode(url if url.startswith("hf://") else os.path.relpath(path, folder)), _local_size(url))
+        for url, path in zip(urls, paths, strict=True)
+    )
+
+
+def _local_size(url: str) -> int | None:
+    if "://" in url:
+        return None
+    try:
+        return os.path.getsize(url)  # noqa: PTH202
+    except OSError:  # Reading it will say why.
+        return None

@@ -28,6 +28,7 @@ class SyntheticImages:
         self._scenes = SyntheticScenes(size, image_size, seed)
         self._cache: dict[int, ndarray] = {}
         self._cache_size = _SCENE_CACHE_BYTES // (3 * image_size**2)
+        self.fingerprint = f"{size} scenes of {image_size} pixels, seed {seed}"
 
     def __len__(self) -> int:
         return len(self._scenes)
