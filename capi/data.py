@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from capi.config import Config, micro_batch_size
 from capi.masking import Masks, sample_masks
+from capi.retry import attempt, reason
 from capi.seeding import Purpose, generator
 from capi.sources import (
     Cursor,
@@ -32,7 +33,6 @@ from capi.sources import (
     ShardedSource,
     ShardReader,
     SourceError,
-    attempt,
     in_order,
     open_source,
 )
@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 _MAX_ASPECT = 4 / 3
 # A JPEG may be decoded at 1/2, 1/4 or 1/8 while the crop stays this many times larger than the output.
 _REDUCING_GAP = 2
+_MAX_REASONS = 3
 # What the EXIF orientation asks for: whether to swap rows and columns, and which of the two to reverse then.
 _UPRIGHT = {
     2: (False, (1,)),
@@ -273,10 +274,10 @@ class ImageStream:
         for delivery in deliveries:
             if isinstance(delivery, SourceError):
                 break
-            for name, reason in delivery.reasons.items():
+            for name, why in delivery.reasons.items():
                 if name not in self._skipped:
                     self._skipped.add(name)
-                    logger.warning("skipped unreadable image %s: %s", name, reason)
+                    logger.warning("skipped unreadable %s: %s", name, why)
             if delivery.cursor is not None:
                 self._cursors[self._micro_batch % self._n_processes] = Cursor(*delivery.cursor)
             self._micro_batch += 1
@@ -390,7 +391,7 @@ class _Batches(IterableDataset):
         rng = self._rng(Purpose.CROP, key)
         pixels = attempt(crop, data, data_config.image_size, lambda w, h: random_box(w, h, data_config.crop_scale, rng))
         if isinstance(pixels, Exception):
-            self._reasons[name] = f"{type(pixels).__name__}: {pixels}"
+            self._reasons[name] = reason(pixels)
             return None
         # NumPy would reverse byte by byte.
         return torch.from_numpy(pixels).flip(1).numpy() if data_config.hflip and rng.random() < 0.5 else pixels
@@ -444,12 +445,15 @@ def _readable(
     source: IndexedSource | ShardedSource, size: int, start: int = 0
 ) -> Iterator[UInt8[ndarray, "size size 3"]]:
     """Centre crops of the readable images, in order, an indexed source's from `start`; SourceError if there is none."""
-    n_read, n_readable = 0, 0
-    for data in in_order(source, start):
+    n_read, found, reasons = 0, False, []
+    for name, data in in_order(source, start):
         pixels = attempt(crop, data, size, centre_box)
         n_read += 1
         if not isinstance(pixels, Exception):
-            n_readable += 1
+            found = True
             yield pixels
-    if not n_readable:
-        raise SourceError(f"{source.source}: expected images, found none readable among {n_read} (see data.image_key)")
+        elif len(reasons) < _MAX_REASONS:
+            reasons.append(f"{name}: {reason(pixels)}")
+    if not found:
+        why = "; ".join(reasons) or "see data.image_key"
+        raise SourceError(f"{source.source}: expected images, found none readable among {n_read} ({why})")

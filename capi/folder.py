@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from capi.listing import IMAGE_EXTENSIONS, SourceError, listing_fingerprint
+from capi.retry import persistent
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,8 @@ class ImageFolder:
         return os.fsdecode(self._path(*self._relative_names(range(index, index + 1))))
 
     def read(self, index: int) -> bytes:
-        return Path(self.name(index)).read_bytes()
+        name = self.name(index)
+        return persistent(Path(name).read_bytes, name)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -3,15 +3,20 @@
 import os
 import tarfile
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 
 import fsspec
 
 from capi.listing import IMAGE_EXTENSIONS, SourceError, listing_fingerprint
+from capi.retry import PersistentFile, persistent, reason
 
 # A data set of a million loose files counts a million shards; finding one among them takes as many steps.
 _MAX_HUB_SHARDS = 1024
+_TAR_BUFFER = 2**20
+_INSTALL = "pip install '.[data]'"
 
 
 class TarShards:
@@ -26,8 +31,10 @@ class TarShards:
         try:
             from braceexpand import braceexpand
         except ImportError as error:
-            raise ImportError(f"{self.source} needs braceexpand: pip install capi[data]") from error
+            raise ImportError(f"{self.source} needs braceexpand: {_INSTALL}") from error
         self._urls = [url for expanded in braceexpand(pattern) for url in self._matches(expanded)]
+        for protocol in sorted({url.partition("://")[0] for url in self._urls if "://" in url}):
+            self._check_protocol(protocol)
         self._extensions = IMAGE_EXTENSIONS if image_key == "auto" else {image_key.lower().lstrip(".")}
 
     def _matches(self, pattern: str) -> list[str]:
@@ -39,9 +46,22 @@ class TarShards:
             raise SourceError(f"{self.source}: expected .tar shards, found no file {pattern}")
         return matches
 
+    def _check_protocol(self, protocol: str) -> None:
+        try:
+            fsspec.get_filesystem_class(protocol)
+        except ImportError as error:
+            package = getattr(error.__cause__, "name", None) or str(error)
+            hint = _INSTALL if protocol in ("http", "https") else f"pip install {package}"
+            raise ImportError(f"{self.source} needs {package}: {hint}") from error
+        except ValueError as error:
+            raise SourceError(f"{self.source}: expected a protocol that fsspec knows, got {protocol}") from error
+
     @property
     def n_shards(self) -> int:
         return len(self._urls)
+
+    def shard_name(self, index: int) -> str:
+        return self._urls[index]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -51,12 +71,20 @@ class TarShards:
     def shard(self, index: int) -> Iterator[tuple[str, Callable[[], bytes]]]:
         """Names of the images of one shard, each with a function that reads it before the next is asked for."""
         url = self._urls[index]
-        with fsspec.open(url, "rb") as file, tarfile.open(fileobj=file, mode="r|*", bufsize=2**20) as tar:
+        with closing(PersistentFile(url)) as file, _open_tar(file) as tar:
             for member in tar:
                 basename = member.name.rpartition("/")[2]
                 hidden = basename.startswith(".")
                 if member.isfile() and not hidden and basename.partition(".")[2].lower() in self._extensions:
                     yield f"{url}:{member.name}", partial(_member_bytes, tar, member)
+
+
+def _open_tar(file: PersistentFile) -> tarfile.TarFile:
+    try:
+        return tarfile.open(fileobj=file, mode="r|*", bufsize=_TAR_BUFFER)
+    except tarfile.ReadError as error:
+        found = f"a file that begins with {file.start!r}" if file.start else "an empty file"
+        raise SourceError(f"expected a .tar archive, got {found}") from error
 
 
 def _member_bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
@@ -71,12 +99,12 @@ class HubShards:
         try:
             import datasets
         except ImportError as error:
-            raise ImportError(f"{self.source} needs Hugging Face datasets: pip install capi[data]") from error
+            raise ImportError(f"{self.source} needs Hugging Face datasets: {_INSTALL}") from error
         try:
             builder = datasets.load_dataset_builder(os.path.expanduser(name))  # noqa: PTH111
             dataset = builder.as_streaming_dataset(split)
         except Exception as error:
-            raise SourceError(f"{self.source}: split {split} cannot be loaded: {error}") from error
+            raise SourceError(f"{self.source}: split {split} cannot be loaded: {reason(error)}") from error
         if dataset.column_names is not None and image_key not in dataset.column_names:
             raise SourceError(
                 f"{self.source}: data.image_key must be one of the columns {dataset.column_names}, got {image_key}"
@@ -95,14 +123,32 @@ class HubShards:
     def n_shards(self) -> int:
         return min(self._dataset.num_shards, _MAX_HUB_SHARDS)
 
+    def shard_name(self, index: int) -> str:
+        return f"{self.source} shard {index}"
+
     def shard(self, index: int) -> Iterator[tuple[str, Callable[[], bytes]]]:
         """Names of the images of one shard, each with a function that reads it."""
-        # Plain iteration would divide the shard among the loader processes of torch once more; by batches it does not.
-        batches = self._dataset.shard(self.n_shards, index).iter(batch_size=16)
-        rows = (row for batch in batches for row in batch[self._column])
-        for position, image in enumerate(rows):
+        following, rows = 0, None
+
+        def next_row() -> tuple[int, dict | None] | None:
+            nonlocal rows
+            try:
+                rows = rows or islice(enumerate(self._rows(index)), following, None)
+                return next(rows, None)
+            except Exception:
+                rows = None
+                raise
+
+        while row := persistent(next_row, self.shard_name(index)):
+            position, image = row
+            following = position + 1
             path = (image or {}).get("path") or "no path"
-            yield f"{self.source} shard {index} row {position} ({path})", partial(_stored_bytes, image)
+            yield f"{self.shard_name(index)} row {position} ({path})", partial(_stored_bytes, image)
+
+    def _rows(self, index: int) -> Iterator[dict | None]:
+        # Plain iteration would divide the shard among the loader processes of torch once more; by batches it does not.
+        for batch in self._dataset.shard(self.n_shards, index).iter(batch_size=16):
+            yield from batch[self._column]
 
 
 def _stored_bytes(image: dict | None) -> bytes:
@@ -110,7 +156,11 @@ def _stored_bytes(image: dict | None) -> bytes:
         raise ValueError("the row has no image")
     if image.get("bytes") is not None:
         return image["bytes"]
-    with fsspec.open(image["path"], "rb") as file:
+    return persistent(partial(_file_bytes, image["path"]), image["path"])
+
+
+def _file_bytes(url: str) -> bytes:
+    with fsspec.open(url, "rb") as file:
         return file.read()
 
 

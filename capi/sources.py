@@ -1,8 +1,8 @@
 """Where images come from: sources with random access, and sources of shards that are streamed."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import chain, islice
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from jaxtyping import UInt8
 from numpy import ndarray
@@ -11,11 +11,10 @@ from capi.config import Config
 from capi.folder import ImageFolder
 from capi.listing import IMAGE_EXTENSIONS as IMAGE_EXTENSIONS
 from capi.listing import SourceError as SourceError
+from capi.retry import attempt
 from capi.seeding import Purpose, generator
 from capi.shards import HubShards, TarShards
 from capi.synthetic import SyntheticScenes
-
-Result = TypeVar("Result")
 
 _SCENE_CACHE_BYTES = 2**28
 
@@ -135,26 +134,27 @@ class ShardReader:
                         yield Sample(unit, shard, position, name, attempt(read))
             except Exception as error:
                 # Whatever a broken shard makes its reader raise ends that shard alone.
-                yield Sample(unit, shard, position + 1, f"{self._source.source} shard {shard}", error)
+                yield Sample(unit, shard, position + 1, _broken(self._source, shard, position + 1), error)
 
 
-def attempt(read: Callable[..., Result], *args) -> Result | Exception:
-    """What `read` returns, or the exception that it raises: on foreign data that may be any."""
-    try:
-        return read(*args)
-    except Exception as error:
-        return error
+def _broken(source: ShardedSource, shard: int, n_images: int) -> str:
+    """A name for what is lost of a shard."""
+    return f"{source.shard_name(shard)} after {n_images} images" if n_images else source.shard_name(shard)
 
 
-def in_order(source: IndexedSource | ShardedSource, start: int = 0) -> Iterator[bytes | ndarray | Exception]:
-    """Every image of the source once, as `Sample.data`; an indexed source from `start` on and round to it."""
+def in_order(
+    source: IndexedSource | ShardedSource, start: int = 0
+) -> Iterator[tuple[str, bytes | ndarray | Exception]]:
+    """Name and `Sample.data` of every image of the source once; an indexed source from `start` on and round to it."""
     if isinstance(source, IndexedSource):
         for index in chain(range(start, len(source)), range(start)):
-            yield attempt(source.read, index)
+            yield source.name(index), attempt(source.read, index)
         return
     for shard in range(source.n_shards):
+        n_images = 0
         try:
-            for _, read in source.shard(shard):
-                yield attempt(read)
+            for name, read in source.shard(shard):
+                yield name, attempt(read)
+                n_images += 1
         except Exception as error:
-            yield error
+            yield _broken(source, shard, n_images), error
