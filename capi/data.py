@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from capi.config import Config, micro_batch_size
 from capi.crops import Encoded, centre_box, crop, random_box
 from capi.masking import Masks, sample_masks
+from capi.retry import attempt, reason
 from capi.seeding import Purpose, generator
 from capi.sources import (
     Cursor,
@@ -29,12 +30,13 @@ from capi.sources import (
     ShardedSource,
     ShardReader,
     SourceError,
-    attempt,
     in_order,
     open_source,
 )
 
 logger = logging.getLogger(__name__)
+
+_MAX_REASONS = 3
 
 
 @dataclass
@@ -108,7 +110,6 @@ class ImageStream:
         self._skipped: set[str] = set()
         self._n_processes = max(config.data.num_workers, 1)
         self._layout = {
-            "source": config.data.source,
             "rank": rank,
             "world_size": world_size,
             "num_workers": self._n_processes,
@@ -117,6 +118,7 @@ class ImageStream:
         }
         self._cursors: dict[int, Cursor] = {}
         if isinstance(self._source, ShardedSource):
+            self._layout["content"] = self._source.fingerprint
             self._cursors = self._first_cursors(step, state)
         self._note_step()
 
@@ -139,6 +141,14 @@ class ImageStream:
         elif step > 0:
             logger.warning("no position of the stream is known at step %d: epoch 0 restarts", step)
         return {process: Cursor(epoch) for process in range(self._n_processes)}
+
+    @property
+    def fingerprint(self) -> str | None:
+        """What tells the source's files from others wherever they lie: number, names and sizes; None if unknown.
+
+        A folder asks its file system for every size, once: minutes for many millions of files.
+        """
+        return self._source.fingerprint
 
     @property
     def n_skipped(self) -> int:
@@ -173,10 +183,10 @@ class ImageStream:
         for delivery in deliveries:
             if isinstance(delivery, SourceError):
                 break
-            for name, reason in delivery.reasons.items():
+            for name, why in delivery.reasons.items():
                 if name not in self._skipped:
                     self._skipped.add(name)
-                    logger.warning("skipped unreadable image %s: %s", name, reason)
+                    logger.warning("skipped unreadable %s: %s", name, why)
             if delivery.cursor is not None:
                 self._cursors[self._micro_batch % self._n_processes] = Cursor(*delivery.cursor)
             self._micro_batch += 1
@@ -290,7 +300,7 @@ class _Batches(IterableDataset):
         rng = self._rng(Purpose.CROP, key)
         pixels = attempt(crop, data, data_config.image_size, lambda w, h: random_box(w, h, data_config.crop_scale, rng))
         if isinstance(pixels, Exception):
-            self._reasons[name] = f"{type(pixels).__name__}: {pixels}"
+            self._reasons[name] = reason(pixels)
             return None
         # NumPy would reverse byte by byte.
         return torch.from_numpy(pixels).flip(1).numpy() if data_config.hflip and rng.random() < 0.5 else pixels
@@ -344,12 +354,15 @@ def _readable(
     source: IndexedSource | ShardedSource, size: int, start: int = 0
 ) -> Iterator[UInt8[ndarray, "size size 3"]]:
     """Centre crops of the readable images, in order, an indexed source's from `start`; SourceError if there is none."""
-    n_read, n_readable = 0, 0
-    for data in in_order(source, start):
+    n_read, found, reasons = 0, False, []
+    for name, data in in_order(source, start):
         pixels = attempt(crop, data, size, centre_box)
         n_read += 1
         if not isinstance(pixels, Exception):
-            n_readable += 1
+            found = True
             yield pixels
-    if not n_readable:
-        raise SourceError(f"{source.source}: expected images, found none readable among {n_read} (see data.image_key)")
+        elif len(reasons) < _MAX_REASONS:
+            reasons.append(f"{name}: {reason(pixels)}")
+    if not found:
+        why = "; ".join(reasons) or "see data.image_key"
+        raise SourceError(f"{source.source}: expected images, found none readable among {n_read} ({why})")
