@@ -24,7 +24,7 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "data": ["datasets", "braceexpand"],
+        "data": ["braceexpand", "datasets", "fsspec[http]"],
         "bench": ["pytest", "pytest-benchmark", "torchvision", "xformers"],
         "dev": ["beartype", "pytest", "pytest-benchmark", "ruff"],
     },

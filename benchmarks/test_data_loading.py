@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks import shapes
 from benchmarks.costs import Cost
 from benchmarks.measure import OURS, Contestant, Measurement
-from capi.data import Box, crop, random_box
+from capi.crops import Box, crop, random_box
 from capi.model import IMAGENET_MEAN, IMAGENET_STD
 
 IMAGES = 32

@@ -1,14 +1,12 @@
 """Batches of cropped images and their masks: the same bits for any number of loader processes, resumable."""
 
-import io
 import logging
-import math
 import multiprocessing
 import os
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, count, cycle, islice
@@ -18,13 +16,13 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 from numpy import ndarray
-from PIL import Image
 from torch import Tensor
-from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from capi.config import Config, micro_batch_size
+from capi.crops import Encoded, centre_box, crop, random_box
 from capi.masking import Masks, sample_masks
+from capi.retry import attempt, reason
 from capi.seeding import Purpose, generator
 from capi.sources import (
     Cursor,
@@ -32,101 +30,13 @@ from capi.sources import (
     ShardedSource,
     ShardReader,
     SourceError,
-    attempt,
     in_order,
     open_source,
 )
 
 logger = logging.getLogger(__name__)
 
-_MAX_ASPECT = 4 / 3
-# A JPEG may be decoded at 1/2, 1/4 or 1/8 while the crop stays this many times larger than the output.
-_REDUCING_GAP = 2
-# What the EXIF orientation asks for: whether to swap rows and columns, and which of the two to reverse then.
-_UPRIGHT = {
-    2: (False, (1,)),
-    3: (False, (0, 1)),
-    4: (False, (0,)),
-    5: (True, ()),
-    6: (True, (1,)),
-    7: (True, (0, 1)),
-    8: (True, (0,)),
-}
-
-Box = tuple[int, int, int, int]  # left, top, width, height
-Encoded = bytes | ndarray | Exception
-
-
-def random_box(width: int, height: int, scale: tuple[float, float], rng: np.random.Generator) -> Box:
-    """The box of a RandomResizedCrop: its share of the area uniform in `scale`, its aspect log-uniform in [3/4, 4/3].
-
-    After 10 draws that do not fit, the largest centred box of an admitted aspect (as torchvision's).
-    """
-    for _ in range(10):
-        area = width * height * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(-math.log(_MAX_ASPECT), math.log(_MAX_ASPECT)))
-        box_width, box_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < box_width <= width and 0 < box_height <= height:
-            left, top = rng.integers(width - box_width + 1), rng.integers(height - box_height + 1)
-            return int(left), int(top), box_width, box_height
-    box_width, box_height = min(width, round(height * _MAX_ASPECT)), min(height, round(width * _MAX_ASPECT))
-    return (width - box_width) // 2, (height - box_height) // 2, box_width, box_height
-
-
-def centre_box(width: int, height: int) -> Box:
-    """The largest centred square."""
-    side = min(width, height)
-    return (width - side) // 2, (height - side) // 2, side, side
-
-
-def crop(data: Encoded, size: int, choose_box: Callable[[int, int], Box]) -> UInt8[ndarray, "size size 3"]:
-    """The box that `choose_box(width, height)` picks, upright and as RGB, resized to `size` by bicubic interpolation.
-
-    `data` is an encoded image, or uint8 pixels; an exception in its place is raised. Alpha is dropped, as PIL's
-    `convert("RGB")` does; 16-bit grey is scaled to 8 bits. The result is within two grey levels of Pillow's crop
-    and bicubic resize, rows first, but where a large JPEG is decoded small: there the box is rounded to whole pixels of
-    what is decoded, which moves an edge by a quarter of an output pixel at most. Raises whatever Pillow raises on
-    broken data.
-    """
-    if isinstance(data, Exception):
-        raise data
-    if isinstance(data, ndarray):
-        left, top, width, height = choose_box(data.shape[1], data.shape[0])
-        return _resized(data[top : top + height, left : left + width].copy(), size).numpy()
-    image = Image.open(io.BytesIO(data))
-    reducible = image.format in ("JPEG", "MPO")
-    if not reducible:
-        image.load()  # Only then has a TIFF its upright size.
-    # The box is drawn on the image as stored: the law of the crop is the same under all eight orientations, and
-    # turning the small result is cheap.
-    left, top, width, height = choose_box(*image.size)
-    reduction = 1
-    if reducible:
-        while reduction < 8 and min(width, height) >= 2 * reduction * _REDUCING_GAP * size:
-            reduction *= 2
-        image.draft(None, (image.width // reduction, image.height // reduction))
-    box = [round(edge / reduction) for edge in (left, top, left + width, top + height)]
-    resized = _resized(np.array(_to_rgb(image.crop(box))), size)
-    swap, reverse = _UPRIGHT.get(_orientation(image), (False, ()))
-    return (resized.transpose(0, 1) if swap else resized).flip(reverse).numpy()
-
-
-def _resized(pixels: UInt8[ndarray, "height width 3"], size: int) -> UInt8[Tensor, "size size 3"]:
-    """In a fraction of the time that Pillow's own resize takes."""
-    planes = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    return interpolate(planes, (size, size), mode="bicubic", antialias=True)[0].permute(1, 2, 0)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        # 16-bit grey, which convert() would clip at 255.
-        image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _orientation(image: Image.Image) -> int | None:
-    exif = attempt(image.getexif)  # Broken metadata do not make an image unreadable.
-    return None if isinstance(exif, Exception) else exif.get(0x0112)
+_MAX_REASONS = 3
 
 
 @dataclass
@@ -200,7 +110,6 @@ class ImageStream:
         self._skipped: set[str] = set()
         self._n_processes = max(config.data.num_workers, 1)
         self._layout = {
-            "source": config.data.source,
             "rank": rank,
             "world_size": world_size,
             "num_workers": self._n_processes,
@@ -209,6 +118,7 @@ class ImageStream:
         }
         self._cursors: dict[int, Cursor] = {}
         if isinstance(self._source, ShardedSource):
+            self._layout["content"] = self._source.fingerprint
             self._cursors = self._first_cursors(step, state)
         self._note_step()
 
@@ -231,6 +141,14 @@ class ImageStream:
         elif step > 0:
             logger.warning("no position of the stream is known at step %d: epoch 0 restarts", step)
         return {process: Cursor(epoch) for process in range(self._n_processes)}
+
+    @property
+    def fingerprint(self) -> str | None:
+        """What tells the source's files from others wherever they lie: number, names and sizes; None if unknown.
+
+        A folder asks its file system for every size, once: minutes for many millions of files.
+        """
+        return self._source.fingerprint
 
     @property
     def n_skipped(self) -> int:
@@ -265,10 +183,10 @@ class ImageStream:
         for delivery in deliveries:
             if isinstance(delivery, SourceError):
                 break
-            for name, reason in delivery.reasons.items():
+            for name, why in delivery.reasons.items():
                 if name not in self._skipped:
                     self._skipped.add(name)
-                    logger.warning("skipped unreadable image %s: %s", name, reason)
+                    logger.warning("skipped unreadable %s: %s", name, why)
             if delivery.cursor is not None:
                 self._cursors[self._micro_batch % self._n_processes] = Cursor(*delivery.cursor)
             self._micro_batch += 1
@@ -382,7 +300,7 @@ class _Batches(IterableDataset):
         rng = self._rng(Purpose.CROP, key)
         pixels = attempt(crop, data, data_config.image_size, lambda w, h: random_box(w, h, data_config.crop_scale, rng))
         if isinstance(pixels, Exception):
-            self._reasons[name] = f"{type(pixels).__name__}: {pixels}"
+            self._reasons[name] = reason(pixels)
             return None
         # NumPy would reverse byte by byte.
         return torch.from_numpy(pixels).flip(1).numpy() if data_config.hflip and rng.random() < 0.5 else pixels
@@ -436,12 +354,15 @@ def _readable(
     source: IndexedSource | ShardedSource, size: int, start: int = 0
 ) -> Iterator[UInt8[ndarray, "size size 3"]]:
     """Centre crops of the readable images, in order, an indexed source's from `start`; SourceError if there is none."""
-    n_read, n_readable = 0, 0
-    for data in in_order(source, start):
+    n_read, found, reasons = 0, False, []
+    for name, data in in_order(source, start):
         pixels = attempt(crop, data, size, centre_box)
         n_read += 1
         if not isinstance(pixels, Exception):
-            n_readable += 1
+            found = True
             yield pixels
-    if not n_readable:
-        raise SourceError(f"{source.source}: expected images, found none readable among {n_read} (see data.image_key)")
+        elif len(reasons) < _MAX_REASONS:
+            reasons.append(f"{name}: {reason(pixels)}")
+    if not found:
+        why = "; ".join(reasons) or "see data.image_key"
+        raise SourceError(f"{source.source}: expected images, found none readable among {n_read} ({why})")
