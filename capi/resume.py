@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
@@ -73,14 +73,23 @@ def run_folder(path: Path, world: World) -> Iterator[RunFolder | None]:
             folder.release()
 
 
-def begin(trainer: Trainer, folder: RunFolder | None) -> tuple[int, ImageStream | None]:
+@dataclass
+class Start:
+    """Where a run goes on from."""
+
+    step: int
+    """Optimiser steps done."""
+    stream: ImageStream | None
+    """This rank's images from there on; None when all steps are done."""
+    data_fingerprint: str | None
+    """Of rank 0's images; None there where it is not known, and on the other ranks."""
+
+
+def begin(trainer: Trainer, folder: RunFolder | None) -> Start:
     """Loads the newest sound checkpoint of rank 0's folder into every rank's trainer, and makes the folder this run's.
 
     Without a checkpoint, or with `run.resume` false, an earlier run in the folder is moved aside. Nothing is written
     or moved before all checks have passed.
-
-    Returns:
-        The number of steps done, and this rank's images from there on (None when all steps are done).
 
     Raises:
         ValueError: as `together`: the folder holds a run of another configuration or of other images and
@@ -91,28 +100,19 @@ def begin(trainer: Trainer, folder: RunFolder | None) -> tuple[int, ImageStream 
     if config.run.resume:
         checkpoint = together(lambda: load_newest_checkpoint(folder.path) if folder else None)
     saved = gather(checkpoint and {key: value for key, value in checkpoint.items() if key != "trainer"})[0]
-    everyone = gather(described(trainer))
     step = saved["step"] if saved else 0
-
-    def images() -> tuple[Changes, ImageStream | None]:
-        _check_ranks_agree(everyone)
-        changes = _changes(saved["config"], everyone[world.rank]) if saved else {}
-        stream = None
-        if step < config.optim.steps:
-            stream, changes = _open_stream(config, world, saved, changes)
-        known = _fields(everyone[world.rank]) | _fields(saved["config"] if saved else {})
-        _check_allowed(changes, known, config)
-        return changes, stream
-
-    changes, stream = together(images)
-    fingerprints = gather(fingerprint_of(stream))
-    together(lambda: _check_same_images(fingerprints))
+    everyone = gather(described(trainer))
+    together(lambda: _check_ranks_agree(everyone))
+    stream = together(lambda: _open_stream(config, world, saved)) if step < config.optim.steps else None
+    # That of rank 0 is asked for alone: of millions of files it takes a while.
+    fingerprint = together(lambda: stream.fingerprint if stream and folder else None)
+    changes = together(lambda: _permitted_changes(config, saved, everyone[0], fingerprint) if folder else {})
     together(lambda: _load(trainer, checkpoint) if checkpoint else None)
     del checkpoint  # Else its file would stay mapped.
     if saved:
         _hand_out(trainer)
     together(lambda: _take_over(folder, trainer, saved, changes) if folder else None)
-    return step, stream
+    return Start(step, stream, fingerprint)
 
 
 def described(trainer: Trainer) -> dict:
@@ -121,11 +121,6 @@ def described(trainer: Trainer) -> dict:
     config["data"]["source"] = _absolute(trainer.config.data.source)
     config["run"]["precision"] = {torch.float32: "fp32", torch.bfloat16: "bf16"}[trainer.compute_dtype]
     return config
-
-
-def fingerprint_of(stream: ImageStream | None) -> str | None:
-    """A digest of the listing of the images: the same wherever they lie; None where it is not known."""
-    return getattr(stream, "fingerprint", None)
 
 
 def _absolute(source: str) -> str:
@@ -171,39 +166,31 @@ def _check_ranks_agree(everyone: Sequence[dict]) -> None:
             raise ValueError(f"rank {rank} was started with {values} as rank 0; expected the same on all ranks")
 
 
-def _open_stream(config: Config, world: World, saved: dict | None, changes: Changes) -> tuple[ImageStream, Changes]:
-    """This rank's images from the checkpoint's step on, and the changes with those images judged by their listing."""
+def _open_stream(config: Config, world: World, saved: dict | None) -> ImageStream:
+    """This rank's images from the checkpoint's step on."""
     if saved is None:
-        return ImageStream(config, rank=world.rank, world_size=world.size), changes
-
-    def opened(source: str) -> ImageStream:
-        state = saved["streams"][world.rank % len(saved["streams"])]
-        state = {**state, "layout": {**state["layout"], "source": source}}
-        return ImageStream(config, rank=world.rank, world_size=world.size, start_step=saved["step"], state=state)
-
-    old, new = changes.pop("data.source", (None, None))
-    before = saved.get("data_fingerprint")
-    # Of the same images the stream goes on where it was, wherever they lie now.
-    stream = opened(config.data.source if before or old is None else old)
-    now = fingerprint_of(stream)
-    if before is None or now is None:
-        return stream, changes | ({} if old is None else {"data.source": (old, new)})
-    if before == now:
-        if old is not None and world.is_main:
-            logger.info("data.source %s holds the images that were in %s", new, old)
-        return stream, changes
-    here = _absolute(config.data.source)
-    changes = changes | {"data.source": (f"{old or here} as it was", f"{new or here} with other images")}
-    # A position in a stream of other images means nothing; a number of a step does.
-    streamed = any(state["cursors"] for state in saved["streams"])
-    return (opened(f"other images of {old or here}") if streamed else stream), changes
+        return ImageStream(config, rank=world.rank, world_size=world.size)
+    state = saved["streams"][world.rank % len(saved["streams"])]
+    source = _absolute(saved["config"]["data"]["source"])
+    if saved.get("data_fingerprint") is None and source != _absolute(config.data.source):
+        # A position in what may be another stream means nothing.
+        state = {**state, "layout": {**state["layout"], "content": f"that of {source}"}}
+    return ImageStream(config, rank=world.rank, world_size=world.size, start_step=saved["step"], state=state)
 
 
-def _check_allowed(changes: Changes, known: dict[str, object], config: Config) -> None:
-    allowed = config.run.allow_changes
-    for entry in allowed:
+def _permitted_changes(config: Config, saved: dict | None, current: dict, fingerprint: str | None) -> Changes:
+    """What is new since the checkpoint. Raises ValueError where `run.allow_changes` does not name it."""
+    known = _fields(current) | _fields(saved["config"] if saved else {})
+    for entry in config.run.allow_changes:
         if not any(_is_within(name, entry) for name in known):
             raise ValueError(f"run.allow_changes must name fields such as optim.steps, got {entry}")
+    if saved is None:
+        return {}
+    changes, source = _changes(saved["config"], current), current["data"]["source"]
+    # Which scenes are drawn follows from the other fields.
+    if None not in (fingerprint, saved.get("data_fingerprint")) and source != "synthetic":
+        changes = _with_images_judged(changes, saved["data_fingerprint"] == fingerprint, source)
+    allowed = config.run.allow_changes
     refused = {n: c for n, c in changes.items() if _is_compared(n) and not any(_is_within(n, e) for e in allowed)}
     if refused:
         names = ", ".join(dict.fromkeys([*allowed, *refused]))
@@ -212,6 +199,18 @@ def _check_allowed(changes: Changes, known: dict[str, object], config: Config) -
             f"--run.allow_changes '[{names}]' to go on with the new ones, or another run.output_dir, or "
             "--run.resume false to move that run aside"
         )
+    return changes
+
+
+def _with_images_judged(changes: Changes, same: bool, source: str) -> Changes:
+    """Not the path of the images counts, but which they are."""
+    others = {name: change for name, change in changes.items() if name != "data.source"}
+    old, new = changes.get("data.source", (source, source))
+    if not same:
+        return others | {"data.source": (f"{old} as it was", f"{new} with other images")}
+    if old != new:
+        logger.info("data.source %s holds the images that were in %s", new, old)
+    return others
 
 
 def _is_within(name: str, entry: str) -> bool:
@@ -224,12 +223,6 @@ def _listed(changes: Changes) -> str:
 
 def _short(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _check_same_images(fingerprints: Sequence[str | None]) -> None:
-    for rank, fingerprint in enumerate(fingerprints):
-        if None not in (fingerprint, fingerprints[0]) and fingerprint != fingerprints[0]:
-            raise ValueError(f"rank {rank} sees other images in its data.source than rank 0; expected the same")
 
 
 def _load(trainer: Trainer, checkpoint: dict) -> None:

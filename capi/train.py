@@ -13,13 +13,12 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from capi.checkpoint import newest_checkpoint, save_checkpoint, step_of
 from capi.config import Config, check_config, load_config
-from capi.data import ImageStream
 from capi.distributed import World, any_rank, average, gather, join_world
 from capi.masking import check_masking
 from capi.metrics import AssignmentStatistics, MetricsWriter, entropy_floor, peak_flops, training_flop_per_image
 from capi.prefetch import DevicePrefetcher
 from capi.results import Results
-from capi.resume import begin, described, fingerprint_of, run_folder, together
+from capi.resume import Start, begin, described, run_folder, together
 from capi.step import StepResult, Trainer
 
 logger = logging.getLogger("capi")
@@ -59,13 +58,13 @@ def train(config: Config, world: World) -> int:
     run_dir = Path(config.run.output_dir)
     with run_folder(run_dir, world) as folder:
         trainer = Trainer(config, world)
-        start, stream = begin(trainer, folder)
+        start = begin(trainer, folder)
         results = Results(trainer, run_dir)
         if world.is_main:
-            _announce(config, trainer, start)
-        if stream is not None:
+            _announce(config, trainer, start.step)
+        if start.stream is not None:
             with logging_redirect_tqdm():  # a log line does not break the progress bar
-                signum = _run_steps(trainer, start, stream, run_dir, results)
+                signum = _run_steps(trainer, start, run_dir, results)
             if signum is not None:
                 return 128 + signum
         return together(lambda: _finish(config, results, run_dir) if world.is_main else 0)
@@ -77,9 +76,9 @@ def _check(config: Config, world: World) -> None:
     check_masking(config.masking, (side, side))
 
 
-def _run_steps(trainer: Trainer, start: int, stream: ImageStream, run_dir: Path, results: Results) -> int | None:
-    """Trains from step `start` to the end, or to a stop signal, which it returns."""
-    config, world = trainer.config, trainer.world
+def _run_steps(trainer: Trainer, begun: Start, run_dir: Path, results: Results) -> int | None:
+    """Trains from the steps done to the end, or to a stop signal, which it returns."""
+    config, world, start = trainer.config, trainer.world, begun.step
     n_tokens = (config.data.image_size // config.model.patch_size) ** 2
     statistics = AssignmentStatistics(n_tokens, config.clustering.n_prototypes)
     writer = MetricsWriter(run_dir, start) if world.is_main else None
@@ -93,7 +92,7 @@ def _run_steps(trainer: Trainer, start: int, stream: ImageStream, run_dir: Path,
         mininterval=0.2 if sys.stderr.isatty() else 10,  # a log file needs no animation
     )
     try:
-        with DevicePrefetcher(stream, world.device) as batches:
+        with DevicePrefetcher(begun.stream, world.device) as batches:
             rates = _Rates(config, world, batches)
             for step in range(start, config.optim.steps):
                 last = step + 1 == config.optim.steps
@@ -121,7 +120,7 @@ def _run_steps(trainer: Trainer, start: int, stream: ImageStream, run_dir: Path,
                 signum = stop.signum
                 stopping = any_rank(signum is not None)
                 if done % config.run.checkpoint_every == 0 or last or stopping:
-                    saved = _save(trainer, done, batches, fingerprint_of(stream), run_dir)
+                    saved = _save(trainer, done, batches, begun.data_fingerprint, run_dir)
                     if saved and world.is_main and not last:
                         _write_results(results)
                 if stopping and not last:

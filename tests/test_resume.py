@@ -1,6 +1,5 @@
 """What a run finds in its folder when it starts, and what it goes on from."""
 
-import hashlib
 import os
 import shutil
 import signal
@@ -304,18 +303,6 @@ def test_another_model_cannot_be_allowed(arguments, capsys) -> None:
 
 
 @pytest.fixture
-def fingerprints(monkeypatch) -> None:
-    """Of names and sizes, wherever they lie."""
-
-    def fingerprint(self) -> str:
-        place = Path(self._config.data.source.partition(":")[2])
-        files = sorted(place.parent.glob(place.name) if place.suffix else place.rglob("*.png"))
-        return hashlib.sha256(repr([(file.name, file.stat().st_size) for file in files]).encode()).hexdigest()
-
-    monkeypatch.setattr(ImageStream, "fingerprint", property(fingerprint), raising=False)
-
-
-@pytest.fixture
 def pictures(tmp_path) -> Path:
     folder = tmp_path / "job1" / "pictures"
     folder.mkdir(parents=True)
@@ -332,7 +319,6 @@ def test_a_path_may_be_written_in_other_ways(arguments, pictures, monkeypatch) -
     assert main([*arguments, "--data.source", "folder:pictures"]) == 0
 
 
-@pytest.mark.usefixtures("fingerprints")
 def test_the_same_images_elsewhere_are_gone_on_with(arguments, run_dir, pictures, tmp_path, caplog) -> None:
     caplog.set_level("INFO")
     stopped_in_step(1, [*arguments, "--data.source", f"folder:{pictures}"])
@@ -346,7 +332,7 @@ def test_the_same_images_elsewhere_are_gone_on_with(arguments, run_dir, pictures
 def test_a_source_that_is_not_known_to_be_the_same_needs_permission(
     arguments, pictures, tmp_path, capsys, monkeypatch
 ) -> None:
-    monkeypatch.setattr(ImageStream, "fingerprint", None, raising=False)
+    monkeypatch.setattr(ImageStream, "fingerprint", None)
     stopped_in_step(1, [*arguments, "--data.source", f"folder:{pictures}"])
     pictures.rename(tmp_path / "job2")
     moved = [*arguments, "--data.source", f"folder:{tmp_path / 'job2'}"]
@@ -355,7 +341,6 @@ def test_a_source_that_is_not_known_to_be_the_same_needs_permission(
     assert main([*moved, "--run.allow_changes", "[data.source]"]) == 0
 
 
-@pytest.mark.usefixtures("fingerprints")
 def test_other_images_under_the_same_path_are_refused_until_allowed(
     arguments, run_dir, pictures, capsys, caplog
 ) -> None:
@@ -373,7 +358,6 @@ def test_other_images_under_the_same_path_are_refused_until_allowed(
     assert main(arguments) == 0
 
 
-@pytest.mark.usefixtures("fingerprints")
 def test_a_stream_goes_on_in_shards_that_moved_and_starts_again_in_others(
     arguments, run_dir, pictures, tmp_path, caplog
 ) -> None:
