@@ -103,16 +103,17 @@ def begin(trainer: Trainer, folder: RunFolder | None) -> Start:
     step = saved["step"] if saved else 0
     everyone = gather(described(trainer))
     together(lambda: _check_ranks_agree(everyone))
-    stream = together(lambda: _open_stream(config, world, saved)) if step < config.optim.steps else None
+    finished = step >= config.optim.steps
+    moved = saved is not None and _source(saved["config"]) != everyone[0]["data"]["source"]
+    stream = None if finished and not moved else together(lambda: _open_stream(config, world, saved))
     # That of rank 0 is asked for alone: of millions of files it takes a while.
     fingerprint = together(lambda: stream.fingerprint if stream and folder else None)
     changes = together(lambda: _permitted_changes(config, saved, everyone[0], fingerprint) if folder else {})
     together(lambda: _load(trainer, checkpoint) if checkpoint else None)
-    del checkpoint  # Else its file would stay mapped.
     if saved:
         _hand_out(trainer)
     together(lambda: _take_over(folder, trainer, saved, changes) if folder else None)
-    return Start(step, stream, fingerprint)
+    return Start(step, None if finished else stream, fingerprint)
 
 
 def described(trainer: Trainer) -> dict:
@@ -121,6 +122,10 @@ def described(trainer: Trainer) -> dict:
     config["data"]["source"] = _absolute(trainer.config.data.source)
     config["run"]["precision"] = {torch.float32: "fp32", torch.bfloat16: "bf16"}[trainer.compute_dtype]
     return config
+
+
+def _source(saved: dict) -> str:
+    return _absolute(saved["data"]["source"])
 
 
 def _absolute(source: str) -> str:
@@ -146,7 +151,7 @@ def _changes(saved: dict, current: dict) -> Changes:
     """Old and new value of every field that differs; one that an older version did not have was at its default."""
     before = _fields(json.loads(json.dumps(asdict(Config())))) | _fields(saved)
     now = _fields(current)
-    before["data.source"] = _absolute(str(before["data.source"]))
+    before["data.source"] = _source(saved)
     if before["run.precision"] == "auto":  # of a version that did not note what it stood for
         before["run.precision"] = now["run.precision"]
     unknown = before.keys() - now.keys()
@@ -171,7 +176,7 @@ def _open_stream(config: Config, world: World, saved: dict | None) -> ImageStrea
     if saved is None:
         return ImageStream(config, rank=world.rank, world_size=world.size)
     state = saved["streams"][world.rank % len(saved["streams"])]
-    source = _absolute(saved["config"]["data"]["source"])
+    source = _source(saved["config"])
     if saved.get("data_fingerprint") is None and source != _absolute(config.data.source):
         # A position in what may be another stream means nothing.
         state = {**state, "layout": {**state["layout"], "content": f"that of {source}"}}
@@ -294,7 +299,7 @@ def _holds_another_run(run_dir: Path, current: dict, resume: bool) -> bool:
     try:
         saved = yaml.safe_load((run_dir / "config.yaml").read_text())
         return not resume or any(map(_is_compared, _changes(saved, current)))
-    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
         return True
 
 

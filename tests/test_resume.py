@@ -326,6 +326,8 @@ def test_the_same_images_elsewhere_are_gone_on_with(arguments, run_dir, pictures
     pictures.rename(moved)
     assert main([*arguments, "--data.source", f"folder:{moved}"]) == 0
     assert f"data.source folder:{moved} holds the images that were in folder:{pictures}" in caplog.text
+    moved.rename(pictures)
+    assert main([*arguments, "--data.source", f"folder:{pictures}"]) == 0, "it is finished, and they are the same"
     assert not (run_dir / "changes.yaml").exists()
 
 
