@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+import torch.nn.functional as F
+from jaxtyping import Shaped
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ def join_world(device: str) -> Iterator[World]:
     place = torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")
     if use_gpu:
         torch.cuda.set_device(place)
-    if "WORLD_SIZE" not in os.environ:
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # A group of one would only make the work that of many.
         yield World(0, 1, place)
         return
     dist.init_process_group("cpu:gloo,cuda:nccl" if use_gpu else "gloo")
@@ -48,13 +50,31 @@ def join_world(device: str) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-@torch.no_grad()
-def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Averages gradients over the ranks, in their own (fp32) precision."""
-    if dist.is_initialized():
-        for parameter in parameters:
-            dist.all_reduce(parameter.grad)
-            parameter.grad /= dist.get_world_size()
+class GradientAverage:
+    """The mean over the ranks of these parameters' gradients, in their own (fp32) precision, on its way until `wait`.
+
+    Alone, gradients stay as they are.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]):
+        self._parameters = list(parameters)
+        self._work = None
+        if dist.is_initialized():
+            self._all = torch.cat([parameter.grad.flatten() for parameter in self._parameters])
+            self._work = dist.all_reduce(self._all, async_op=True)
+
+    def wait(self) -> None:
+        """Gives the parameters the mean. On a GPU the device waits, not the host."""
+        if self._work is None:
+            return
+        self._work.wait()
+        means = (self._all / dist.get_world_size()).split([parameter.numel() for parameter in self._parameters])
+        for parameter, mean in zip(self._parameters, means, strict=True):
+            parameter.grad = mean.view_as(parameter)
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def average(value: Tensor) -> Tensor:
@@ -91,3 +111,14 @@ def gather(value: object) -> list:
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def gather_columns(x: Shaped[Tensor, "rows columns"]) -> Shaped[Tensor, "rows all_columns"] | None:
+    """The columns of all ranks, as many or as few as each has, in rank order: on rank 0; None on the others."""
+    if not dist.is_initialized():
+        return x
+    counts = gather(x.shape[1])
+    padded = F.pad(x, (0, max(counts) - x.shape[1]))
+    parts = [torch.empty_like(padded) for _ in counts] if dist.get_rank() == 0 else None
+    dist.gather(padded, parts)
+    return None if parts is None else torch.cat([part[:, :n] for part, n in zip(parts, counts, strict=True)], dim=1)

@@ -28,7 +28,7 @@ logger = logging.getLogger("capi")
 
 
 class Diverged(RuntimeError):
-    """The losses were not finite for too many steps in a row."""
+    """Losses or gradients were not finite for too many steps in a row, or the state itself is not finite any more."""
 
 
 class StopRequest:
@@ -53,7 +53,8 @@ def train(config: Config, world: World) -> int:
 
     Raises:
         ValueError: the configuration does not fit together, or the folder holds a run of another configuration.
-        Diverged: the losses were not finite for `config.run.max_nan_steps` steps in a row.
+        Diverged: losses or gradients were not finite for `config.run.max_nan_steps` steps in a row, or weights or
+            optimiser states are not.
     """
     check_config(config, world.size)
     side = config.data.image_size // config.model.patch_size
@@ -127,6 +128,7 @@ def _run_steps(trainer: Trainer, start: int, stream_state: dict | None, run_dir:
                 signum = stop.signum
                 stopping = any_rank(signum is not None)
                 if done % config.run.checkpoint_every == 0 or last or stopping:
+                    _check_state(trainer, done, run_dir)
                     _save(trainer, done, batches, run_dir)
                 if stopping and not last:
                     bar.close()
@@ -185,6 +187,7 @@ def _log(
     loss, clustering_loss, entropy = average(
         torch.stack([result.loss, result.clustering_loss, result.target_entropy])
     ).tolist()
+    assignments = statistics.read()
     if writer is None:
         return
     n_tokens = statistics.n_positions
@@ -194,7 +197,7 @@ def _log(
         "clustering_loss": clustering_loss,
         "target_entropy": entropy,
         "target_entropy_floor": entropy_floor(sinkhorn_batch, config.clustering.n_prototypes),
-        **statistics.read(),
+        **assignments,
         **rates.read(),
         "peak_memory_bytes": _peak_memory(world.device),
         "lr": result.lr,
@@ -217,20 +220,30 @@ def _peak_memory(device: torch.device) -> int:
 
 
 def _check_finite(trainer: Trainer, run_dir: Path, limit: int) -> None:
-    """Stops a run whose losses have not been finite for `limit` steps."""
+    """Stops a run whose losses or gradients have not been finite for `limit` steps."""
     bad_steps = int(trainer.bad_steps)
     if bad_steps >= limit:
         good = newest_checkpoint(run_dir)
         raise Diverged(
-            f"the losses were not finite for {bad_steps} steps in a row (run.max_nan_steps is "
+            f"losses or gradients were not finite for {bad_steps} steps in a row (run.max_nan_steps is "
             f"{trainer.config.run.max_nan_steps}); last good checkpoint: {good or 'none'}. "
             "Try a lower learning rate, or run.precision fp32."
         )
 
 
+def _check_state(trainer: Trainer, step: int, run_dir: Path) -> None:
+    """Stops a run whose weights or optimiser states are not finite: no later step would mend them."""
+    name = trainer.not_finite()
+    if any_rank(name is not None):
+        raise Diverged(
+            f"{name or 'the state of another rank'} is not finite after step {step}; last good checkpoint: "
+            f"{newest_checkpoint(run_dir) or 'none'}. Try a lower learning rate, or run.precision fp32."
+        )
+
+
 def _save(trainer: Trainer, step: int, batches: DevicePrefetcher, run_dir: Path) -> None:
     if trainer.bad_steps > 0:
-        logger.warning("the losses of step %d are not finite: no checkpoint is written", step)
+        logger.warning("losses or gradients of step %d are not finite: no checkpoint is written", step)
         return
     streams = gather(batches.state_dict())
     if trainer.world.is_main:
