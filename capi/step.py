@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from threading import Lock
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -44,6 +45,10 @@ class Trainer:
         self.optimizers = build_optimizers(self.model, config.optim)
         self.compute_dtype = _compute_dtype(config.run.precision, world.device)
         self.bad_steps = torch.zeros((), dtype=torch.int64, device=world.device)
+        self.steps_done: int | None = 0
+        """Steps that the state has taken, wholly; None where an update broke off."""
+        self.updating = Lock()
+        """Held while the state changes: who holds it finds it whole."""
         self.statistics = _target_statistics
         for backbone in (self.model.student.backbone, self.model.student_ema.backbone):
             for transformer in (backbone.encoder, backbone.decoder):
@@ -110,12 +115,15 @@ class Trainer:
         gradients = all_finite(p.grad for p in self.model.parameters() if p.grad is not None)
         # Of any rank: one alone that skipped the update would train another model.
         finite = average((loss + clustering_loss.detach()).where(gradients, torch.nan)).isfinite()
-        self.bad_steps = torch.where(finite, 0, self.bad_steps + 1)
-        for optimizer in self.optimizers:
-            optimizer.found_inf = 1 - finite.float()  # the fused kernels skip the update where it is 1
-        student_optimizer.step()
-        update_ema(self.model, momentum)
-        clustering_optimizer.step()
+        with self.updating:
+            self.steps_done = None
+            self.bad_steps = torch.where(finite, 0, self.bad_steps + 1)
+            for optimizer in self.optimizers:
+                optimizer.found_inf = 1 - finite.float()  # the fused kernels skip the update where it is 1
+            student_optimizer.step()
+            update_ema(self.model, momentum)
+            clustering_optimizer.step()
+            self.steps_done = step + 1
         return StepResult(
             loss=loss,
             clustering_loss=clustering_loss.detach(),

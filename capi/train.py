@@ -4,8 +4,9 @@ import logging
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 
 import torch
 import yaml
@@ -22,6 +23,7 @@ from capi.metrics import AssignmentStatistics, MetricsWriter, entropy_floor, pea
 from capi.model import CAPI, normalize_images
 from capi.prefetch import DevicePrefetcher
 from capi.step import StepResult, Trainer
+from capi.stopping import Stopped, StopRequest, loaders_killed
 from capi.visualize import plot_curves, plot_pca_maps
 
 logger = logging.getLogger("capi")
@@ -31,28 +33,12 @@ class Diverged(RuntimeError):
     """Losses or gradients were not finite for too many steps in a row, or the state itself is not finite any more."""
 
 
-class StopRequest:
-    """Notes SIGTERM, SIGUSR2 or a first Ctrl-C; a second Ctrl-C interrupts at once."""
-
-    def __init__(self):
-        self.signum: int | None = None
-        self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)}
-
-    def _note(self, signum: int, frame: FrameType | None) -> None:
-        if signum == signal.SIGINT and self.signum is not None:
-            raise KeyboardInterrupt
-        self.signum = signum
-
-    def restore(self) -> None:
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
-
-
-def train(config: Config, world: World) -> int:
+def train(config: Config, world: World, stop: StopRequest) -> int:
     """Runs or resumes a training in `config.run.output_dir`; returns the exit status.
 
     Raises:
         ValueError: the configuration does not fit together, or the folder holds a run of another configuration.
+        Stopped: a signal ended the run where its ranks could not agree on a step.
         Diverged: losses or gradients were not finite for `config.run.max_nan_steps` steps in a row, or weights or
             optimiser states are not.
     """
@@ -75,7 +61,7 @@ def train(config: Config, world: World) -> int:
         streams = checkpoint["streams"] if checkpoint else []
         stream_state = streams[world.rank % len(streams)] if streams else None
         with logging_redirect_tqdm():  # a log line does not break the progress bar
-            signum = _run_steps(trainer, start, stream_state, run_dir)
+            signum = _run_steps(trainer, start, stream_state, run_dir, stop)
         if signum is not None:
             return 128 + signum
     if world.is_main:
@@ -83,14 +69,14 @@ def train(config: Config, world: World) -> int:
     return 0
 
 
-def _run_steps(trainer: Trainer, start: int, stream_state: dict | None, run_dir: Path) -> int | None:
+def _run_steps(trainer: Trainer, start: int, stream_state: dict | None, run_dir: Path, stop: StopRequest) -> int | None:
     """Trains from step `start` to the end, or to a stop signal, which it returns."""
     config, world = trainer.config, trainer.world
     n_tokens = (config.data.image_size // config.model.patch_size) ** 2
     stream = ImageStream(config, rank=world.rank, world_size=world.size, start_step=start, state=stream_state)
     statistics = AssignmentStatistics(n_tokens, config.clustering.n_prototypes)
     writer = MetricsWriter(run_dir, start) if world.is_main else None
-    stop = StopRequest()
+    checkpoints = _Checkpoints(trainer, start, run_dir)
     bar = tqdm(
         total=config.optim.steps,
         initial=start,
@@ -100,21 +86,24 @@ def _run_steps(trainer: Trainer, start: int, stream_state: dict | None, run_dir:
         mininterval=0.2 if sys.stderr.isatty() else 10,  # a log file needs no animation
     )
     try:
-        with DevicePrefetcher(stream, world.device) as batches:
+        with stop.deferred(), DevicePrefetcher(stream, world.device) as batches, checkpoints.saved_alone_by(stop, bar):
             rates = _Rates(config, world, batches)
             for step in range(start, config.optim.steps):
                 last = step + 1 == config.optim.steps
-                micro_batches = next(batches)
-                try:
-                    result = trainer.step(micro_batches, step, (lambda: None) if last else batches.prefetch)
-                except Exception as error:
-                    if stop.signum is None:
-                        raise
-                    # A Ctrl-C also ends the processes that compile for us.
+                checkpoints.streams = [batches.state_dict()]
+                with suppress(Stopped), stop.at_once():
+                    micro_batches = next(batches)
+                # Before the step is launched: a rank without data holds the others up where their state is whole.
+                if any_rank(stop.signum is not None):
+                    checkpoints.save(step)
                     bar.close()
-                    name = signal.Signals(stop.signum).name
-                    logger.warning("stopped by %s within step %d, which is lost (%s)", name, step, type(error).__name__)
-                    return stop.signum
+                    name = signal.Signals(stop.signum).name if stop.signum else "a signal on another rank"
+                    logger.warning("stopped by %s after step %d; the same command goes on from there", name, step)
+                    with loaders_killed():
+                        batches.close()
+                    return stop.signum or signal.SIGTERM
+                checkpoints.streams.append(batches.state_dict())
+                result = trainer.step(micro_batches, step, (lambda: None) if last else batches.prefetch)
                 positions = torch.cat([masks.predict_indices for _, masks in micro_batches]) % n_tokens
                 statistics.update(positions, result.clusters)
                 rates.step_ends()
@@ -125,22 +114,68 @@ def _run_steps(trainer: Trainer, start: int, stream_state: dict | None, run_dir:
                 if world.device.type == "cpu" or done % config.run.log_every == 0 or last:
                     _check_finite(trainer, run_dir, config.run.max_nan_steps if not last else 1)
                 bar.update()
-                signum = stop.signum
-                stopping = any_rank(signum is not None)
-                if done % config.run.checkpoint_every == 0 or last or stopping:
-                    _check_state(trainer, done, run_dir)
-                    _save(trainer, done, batches, run_dir)
-                if stopping and not last:
-                    bar.close()
-                    name = signal.Signals(signum).name if signum else "a signal on another rank"
-                    logger.warning("stopped by %s after step %d; the same command goes on from there", name, done)
-                    return signum or signal.SIGTERM
+                if done % config.run.checkpoint_every == 0 or last:
+                    checkpoints.save(done)
+            if any_rank(stop.signum is not None):
+                return stop.signum or signal.SIGTERM
     finally:
-        stop.restore()
         bar.close()
         if writer is not None:
             writer.close()
     return None
+
+
+class _Checkpoints:
+    """Saves whole steps: where all ranks have come to one, or on this rank's own account."""
+
+    def __init__(self, trainer: Trainer, start: int, run_dir: Path):
+        self.trainer, self.run_dir, self.saved = trainer, run_dir, start
+        trainer.steps_done = start
+        self.streams: list[dict] = []
+        """Where this rank's stream stood after the last steps."""
+
+    def save(self, step: int) -> None:
+        """Called by all ranks after the same step."""
+        if step == self.saved:
+            return
+        _check_state(self.trainer, step, self.run_dir)
+        streams = gather(self._stream(step))
+        with self.trainer.updating:  # Whoever ends the process waits for the file.
+            _save(self.trainer, step, streams, self.run_dir)
+            self.saved = step
+
+    def save_alone(self) -> None:
+        """Without the other ranks, from any thread: the last whole step, where the state is at one.
+
+        Where the others' streams stood is not known: they take this rank's place for theirs, if they can.
+        """
+        if not self.trainer.world.is_main:
+            return
+        with self.trainer.updating:
+            step = self.trainer.steps_done
+            if step is None or step == self.saved or self.trainer.not_finite():
+                return
+            _save(self.trainer, step, [self._stream(step)], self.run_dir)
+            self.saved = step
+        logger.warning("saved step %d; the same command goes on from there", step)
+
+    @contextmanager
+    def saved_alone_by(self, stop: StopRequest, bar: tqdm) -> Iterator[None]:
+        """Saves, within, what a request leaves behind that finds no end of the step, or that breaks the step itself."""
+        stop.save = self.save_alone
+        try:
+            yield
+        except Exception as error:
+            if stop.signum is None or isinstance(error, Diverged):
+                raise
+            # A Ctrl-C also ends the processes that compile for us, and a rank that has left ends a reduction.
+            bar.close()
+            logger.warning("%s within a step (%s)", Stopped(stop.signum), type(error).__name__)
+            self.save_alone()
+            raise Stopped(stop.signum) from error
+
+    def _stream(self, step: int) -> dict:
+        return next(state for state in self.streams if state["step"] == step)
 
 
 class _Rates:
@@ -241,11 +276,10 @@ def _check_state(trainer: Trainer, step: int, run_dir: Path) -> None:
         )
 
 
-def _save(trainer: Trainer, step: int, batches: DevicePrefetcher, run_dir: Path) -> None:
+def _save(trainer: Trainer, step: int, streams: list[dict], run_dir: Path) -> None:
     if trainer.bad_steps > 0:
         logger.warning("losses or gradients of step %d are not finite: no checkpoint is written", step)
         return
-    streams = gather(batches.state_dict())
     if trainer.world.is_main:
         state = {
             "step": step,
@@ -320,14 +354,14 @@ def main(argv: list[str] | None = None) -> int:
     config = load_config(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        with join_world(config.run.device) as world:
-            return train(config, world)
+        with StopRequest(config.run.stop_timeout) as stop, join_world(config.run.device) as world:
+            return train(config, world, stop)
     except (ValueError, OSError, ImportError, Diverged) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 1
-    except KeyboardInterrupt:
-        print("interrupted; the newest checkpoint stays", file=sys.stderr)  # noqa: T201
-        return 130
+    except Stopped as stopped:
+        logger.warning("%s; the newest checkpoint stays", stopped)
+        return 128 + stopped.signum
 
 
 if __name__ == "__main__":

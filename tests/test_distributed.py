@@ -8,7 +8,7 @@ import torch.distributed as dist
 from test_train import assert_equal_states, batch_of, load_tiniest
 
 from capi.checkpoint import load_newest_checkpoint
-from capi.distributed import World
+from capi.distributed import World, _first_host, _launched
 from capi.metrics import AssignmentStatistics, positional_mutual_information
 from capi.step import Trainer
 from capi.train import main
@@ -93,3 +93,43 @@ def test_a_group_of_one_is_no_group() -> None:
         assert resolve_group("world") is resolve_group(dist.group.WORLD) is None
     finally:
         dist.destroy_process_group()
+
+
+TASK = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "1", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8"}
+
+
+def test_a_task_of_a_slurm_step_meets_the_others_on_the_first_host() -> None:
+    step = TASK | {"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NODELIST": "gpu[03-04]"}
+    place = _launched(step)
+    assert (place.rank, place.size, place.local_rank) == (3, 4, 1)
+    assert place.meeting.startswith("tcp://gpu03:")
+    assert _launched(step | {"SLURM_STEP_ID": "2"}).meeting != place.meeting
+    assert _launched(step | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}).meeting == "tcp://10.0.0.1:29500"
+    assert _launched(step | {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}).size == 2  # torchrun, a task a node
+
+
+def test_what_is_no_task_of_a_slurm_step_is_alone() -> None:
+    interactive = {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NODELIST": "gpu[03-04]"}
+    for environment in ({}, {"SLURM_NTASKS": "8", "SLURM_JOB_ID": "7"}, TASK, TASK | interactive):
+        assert _launched(environment).size == 1
+
+
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_processes_of_another_launcher_are_refused(name) -> None:
+    with pytest.raises(ValueError, match=f"{name} is 2.*; expected torchrun or srun"):
+        _launched({name: "2"})
+    assert _launched({name: "1"}).size == 1
+
+
+@pytest.mark.parametrize(
+    ("hosts", "first"),
+    [
+        ("localhost", "localhost"),
+        ("a-1.example,b", "a-1.example"),
+        ("node[003-006,9],other", "node003"),
+        ("node[7,9-12]", "node7"),
+        ("rack[2-3]n[01-04]-ib,x", "rack2n01-ib"),
+    ],
+)
+def test_the_first_host_of_a_list(hosts, first) -> None:
+    assert _first_host(hosts) == first
