@@ -32,9 +32,9 @@ class Stopped(BaseException):
 class StopRequest:
     """Requests to stop: SIGTERM, SIGUSR2, Ctrl-C, or torchrun being gone.
 
-    The first raises Stopped in the main thread, or within `deferred` is noted in `signum`. `timeout` seconds later, or
-    2 seconds after a second one, the process ends with the status 128 + signum, whatever the main thread waits for:
-    another thread calls `save`, for a minute at most.
+    The first kills loader processes and raises Stopped in the main thread, or within `deferred` is noted in `signum`.
+    `timeout` seconds later, or 2 seconds after a second one, the process ends with the status 128 + signum, whatever
+    the main thread waits for: another thread calls `save`, for a minute at most.
 
     Use it as a context manager, in the main thread.
     """
@@ -89,7 +89,15 @@ class StopRequest:
         if self.signum is None:  # A second one must not break off what the first has begun.
             self.signum = signum
             if self._raises:
+                self.kill_loaders()  # Already the way of the exception through the loader would wait for them.
                 raise Stopped(signum)
+
+    def kill_loaders(self) -> None:
+        """Kills the loader processes: of the orderly end of one that hangs, each takes seconds."""
+        # PyTorch's handler would take their end for a fault.
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        self._handlers.setdefault(signal.SIGCHLD, handler or signal.SIG_DFL)
+        _kill_children()
 
     def _watch(self) -> None:
         first, deadline = None, math.inf
@@ -123,18 +131,6 @@ class StopRequest:
             self.save()
         except Exception as error:
             logger.error("no checkpoint could be written: %s", error)
-
-
-@contextmanager
-def loaders_killed() -> Iterator[None]:
-    """Kills the loader processes, of which one that hangs would hold up their orderly end; inside, close the loader."""
-    # PyTorch's handler would take their end for a fault.
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    _kill_children()
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, handler)
 
 
 def _kill_children() -> None:

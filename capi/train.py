@@ -23,7 +23,7 @@ from capi.metrics import AssignmentStatistics, MetricsWriter, entropy_floor, pea
 from capi.model import CAPI, normalize_images
 from capi.prefetch import DevicePrefetcher
 from capi.step import StepResult, Trainer
-from capi.stopping import Stopped, StopRequest, loaders_killed
+from capi.stopping import Stopped, StopRequest
 from capi.visualize import plot_curves, plot_pca_maps
 
 logger = logging.getLogger("capi")
@@ -99,8 +99,7 @@ def _run_steps(trainer: Trainer, start: int, stream_state: dict | None, run_dir:
                     bar.close()
                     name = signal.Signals(stop.signum).name if stop.signum else "a signal on another rank"
                     logger.warning("stopped by %s after step %d; the same command goes on from there", name, step)
-                    with loaders_killed():
-                        batches.close()
+                    stop.kill_loaders()
                     return stop.signum or signal.SIGTERM
                 checkpoints.streams.append(batches.state_dict())
                 result = trainer.step(micro_batches, step, (lambda: None) if last else batches.prefetch)

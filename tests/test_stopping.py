@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo  # Each fork would import it anew.
 from test_train import TINIEST, assert_equal_states
 from torch.distributed import HashStore
 
@@ -147,7 +148,7 @@ def test_a_run_that_waits_for_data_stops_at_once_with_a_checkpoint(num_workers, 
     run = start("--optim.steps", "100000", "--data.num_workers", num_workers, prepare=prepare)
     run.wait_for_steps(2)
     (tmp_path / "flag").touch()
-    run.wait_for_words("reading")
+    run.wait_for(lambda: run.said().count("reading") == max(1, int(num_workers)))
     time.sleep(0.2)
     began = run.send(signal.SIGTERM)
     assert run.status() == 128 + signal.SIGTERM, run.said()
