@@ -166,7 +166,9 @@ class RunConfig:
     keep_checkpoints: int = 3
     """Checkpoints that are kept."""
     max_nan_steps: int = 3
-    """Consecutive steps with a non-finite loss after which the run stops."""
+    """Consecutive steps with a loss or gradient that is not finite after which the run stops."""
+    stop_timeout: float = 15.0
+    """Seconds that a stop signal waits for the end of the step; then the run leaves with the last whole one saved."""
     evaluate: bool = True
     """Draw pictures at every checkpoint, and finish with k-NN evaluations (on the held-out synthetic scenes)."""
 
@@ -260,6 +262,8 @@ def check_config(config: Config, world_size: int = 1) -> None:
     for name in ("log_every", "checkpoint_every", "keep_checkpoints", "max_nan_steps"):
         if getattr(config.run, name) < 1:
             raise ValueError(f"run.{name} must be at least 1, got {getattr(config.run, name)}")
+    if not config.run.stop_timeout >= 0:
+        raise ValueError(f"run.stop_timeout must not be negative, got {config.run.stop_timeout}")
     for name in ("target_temperature", "prediction_temperature", "student_temperature"):
         if not getattr(config.clustering, name) > 0:
             raise ValueError(f"clustering.{name} must be positive, got {getattr(config.clustering, name)}")

@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import time
+from collections import deque
 from io import BytesIO
 from itertools import count
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from capi.checkpoint import write_atomically
 from capi.config import Config
+from capi.distributed import gather_columns, world_size
 
 logger = logging.getLogger(__name__)
 
@@ -89,29 +91,41 @@ def _mutual_information(
 
 
 class AssignmentStatistics:
-    """Counts which prototype the tokens at each position go to, from one `read` to the next."""
+    """Counts which prototype the tokens at each position go to, on all ranks, from one `read` to the next.
 
-    def __init__(self, n_positions: int, n_prototypes: int) -> None:
+    Of more than `max_tokens` tokens of all ranks together the newest are kept.
+    """
+
+    def __init__(self, n_positions: int, n_prototypes: int, *, max_tokens: int = 1 << 22) -> None:
         self.n_positions = n_positions
         self.n_prototypes = n_prototypes
-        self._positions: list[Tensor] = []
-        self._clusters: list[Tensor] = []
+        self._max_tokens = max_tokens
+        self._n_tokens = 0
+        self._tokens: deque[Tensor] = deque()  # int32 [2, tokens] of every update: positions, clusters
 
     def update(self, positions: Int[Tensor, "tokens"], clusters: Int[Tensor, "tokens"]) -> None:
-        """Adds tokens by position and argmax cluster; does not wait for the device."""
-        self._positions.append(positions.detach().to(torch.int32, copy=True))
-        self._clusters.append(clusters.detach().to(torch.int32, copy=True))
+        """Adds tokens of this rank by position and argmax cluster; does not wait for the device."""
+        self._tokens.append(torch.stack([positions.detach().int(), clusters.detach().int()]))
+        self._n_tokens += len(positions)
+        while self._n_tokens * world_size() > self._max_tokens and len(self._tokens) > 1:
+            self._n_tokens -= self._tokens.popleft().shape[1]
 
     def read(self) -> dict[str, int | float]:
-        """The statistics of the tokens added since the last read, which are then forgotten; {} if there are none.
+        """The statistics of all ranks' tokens since the last read, which are then forgotten; {} if there are none.
 
-        `positional_mi` and `positional_mi_floor` in nats, `dead_prototypes` the share of prototypes that none of the
-        `assigned_tokens` tokens went to (with fewer tokens than prototypes some must be dead).
+        All ranks must call it, and all but rank 0 get {}. `positional_mi` and `positional_mi_floor` in nats,
+        `dead_prototypes` the share of prototypes that none of the `assigned_tokens` tokens went to (with fewer tokens
+        than prototypes some must be dead).
         """
-        if not self._positions:
+        if not self._tokens:
             return {}
-        positions, clusters = torch.cat(self._positions), torch.cat(self._clusters)
-        self._positions, self._clusters = [], []
+        tokens = torch.cat(list(self._tokens), dim=1)
+        self._tokens.clear()
+        self._n_tokens = 0
+        gathered = gather_columns(tokens)
+        if gathered is None:
+            return {}
+        positions, clusters = gathered
         information, floor = positional_mutual_information(positions, clusters, self.n_positions, self.n_prototypes)
         return {
             "positional_mi": information,

@@ -4,8 +4,9 @@ import logging
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 
 import torch
 from tqdm import tqdm
@@ -20,39 +21,25 @@ from capi.prefetch import DevicePrefetcher
 from capi.results import Results
 from capi.resume import Start, begin, described, run_folder, together
 from capi.step import StepResult, Trainer
+from capi.stopping import Stopped, StopRequest
 
 logger = logging.getLogger("capi")
 
 
 class Diverged(RuntimeError):
-    """The losses were not finite for too many steps in a row."""
+    """Losses or gradients were not finite for too many steps in a row, or the state itself is not finite any more."""
 
 
-class StopRequest:
-    """Notes SIGTERM, SIGUSR2 or a first Ctrl-C; a second Ctrl-C interrupts at once."""
-
-    def __init__(self):
-        self.signum: int | None = None
-        self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)}
-
-    def _note(self, signum: int, frame: FrameType | None) -> None:
-        if signum == signal.SIGINT and self.signum is not None:
-            raise KeyboardInterrupt
-        self.signum = signum
-
-    def restore(self) -> None:
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
-
-
-def train(config: Config, world: World) -> int:
+def train(config: Config, world: World, stop: StopRequest) -> int:
     """Runs or resumes a training in `config.run.output_dir`; returns the exit status.
 
     Raises:
         ValueError: the configuration does not fit together, or the folder is in use or holds a run of another
             configuration.
         OSError: the run folder cannot be read or written to. (Where a checkpoint cannot be written, the run goes on.)
-        Diverged: the losses were not finite for `config.run.max_nan_steps` steps in a row.
+        Stopped: a signal ended the run where its ranks could not agree on a step.
+        Diverged: losses or gradients were not finite for `config.run.max_nan_steps` steps in a row, or weights or
+            optimiser states are not.
     """
     together(lambda: _check(config, world))
     run_dir = Path(config.run.output_dir)
@@ -64,7 +51,7 @@ def train(config: Config, world: World) -> int:
             _announce(config, trainer, start.step)
         if start.stream is not None:
             with logging_redirect_tqdm():  # a log line does not break the progress bar
-                signum = _run_steps(trainer, start, run_dir, results)
+                signum = _run_steps(trainer, start, run_dir, results, stop)
             if signum is not None:
                 return 128 + signum
         return together(lambda: _finish(config, results, run_dir) if world.is_main else 0)
@@ -76,13 +63,13 @@ def _check(config: Config, world: World) -> None:
     check_masking(config.masking, (side, side))
 
 
-def _run_steps(trainer: Trainer, begun: Start, run_dir: Path, results: Results) -> int | None:
+def _run_steps(trainer: Trainer, begun: Start, run_dir: Path, results: Results, stop: StopRequest) -> int | None:
     """Trains from the steps done to the end, or to a stop signal, which it returns."""
     config, world, start = trainer.config, trainer.world, begun.step
     n_tokens = (config.data.image_size // config.model.patch_size) ** 2
     statistics = AssignmentStatistics(n_tokens, config.clustering.n_prototypes)
     writer = MetricsWriter(run_dir, start) if world.is_main else None
-    stop = StopRequest()
+    checkpoints = _Checkpoints(trainer, begun, run_dir, results)
     bar = tqdm(
         total=config.optim.steps,
         initial=start,
@@ -92,21 +79,25 @@ def _run_steps(trainer: Trainer, begun: Start, run_dir: Path, results: Results) 
         mininterval=0.2 if sys.stderr.isatty() else 10,  # a log file needs no animation
     )
     try:
-        with DevicePrefetcher(begun.stream, world.device) as batches:
+        prefetcher = DevicePrefetcher(begun.stream, world.device)
+        with stop.deferred(), prefetcher as batches, checkpoints.saved_alone_by(stop, bar):
             rates = _Rates(config, world, batches)
             for step in range(start, config.optim.steps):
                 last = step + 1 == config.optim.steps
-                micro_batches = next(batches)
-                try:
-                    result = trainer.step(micro_batches, step, (lambda: None) if last else batches.prefetch)
-                except Exception as error:
-                    if stop.signum is None:
-                        raise
-                    # A Ctrl-C also ends the processes that compile for us.
+                checkpoints.streams = [batches.state_dict()]
+                with suppress(Stopped), stop.at_once():
+                    micro_batches = next(batches)
+                # Before the step is launched: a rank without data holds the others up where their state is whole.
+                if any_rank(stop.signum is not None):
+                    checkpoints.save(step)
                     bar.close()
-                    name = signal.Signals(stop.signum).name
-                    logger.warning("stopped by %s within step %d, which is lost (%s)", name, step, type(error).__name__)
-                    return stop.signum
+                    name = signal.Signals(stop.signum).name if stop.signum else "a signal on another rank"
+                    where = _goes_on_from(run_dir, step) if world.is_main else "there"
+                    logger.warning("stopped by %s after step %d; the same command goes on from %s", name, step, where)
+                    stop.kill_loaders()
+                    return stop.signum or signal.SIGTERM
+                checkpoints.streams.append(batches.state_dict())
+                result = trainer.step(micro_batches, step, (lambda: None) if last else batches.prefetch)
                 positions = torch.cat([masks.predict_indices for _, masks in micro_batches]) % n_tokens
                 statistics.update(positions, result.clusters)
                 rates.step_ends()
@@ -117,24 +108,95 @@ def _run_steps(trainer: Trainer, begun: Start, run_dir: Path, results: Results) 
                 if world.device.type == "cpu" or done % config.run.log_every == 0 or last:
                     _check_finite(trainer, run_dir, config.run.max_nan_steps if not last else 1)
                 bar.update()
-                signum = stop.signum
-                stopping = any_rank(signum is not None)
-                if done % config.run.checkpoint_every == 0 or last or stopping:
-                    saved = _save(trainer, done, batches, begun.data_fingerprint, run_dir)
-                    if saved and world.is_main and not last:
-                        _write_results(results)
-                if stopping and not last:
-                    bar.close()
-                    name = signal.Signals(signum).name if signum else "a signal on another rank"
-                    where = _goes_on_from(run_dir, done) if world.is_main else "there"
-                    logger.warning("stopped by %s after step %d; the same command goes on from %s", name, done, where)
-                    return signum or signal.SIGTERM
+                if done % config.run.checkpoint_every == 0 or last:
+                    checkpoints.save(done)
+            if any_rank(stop.signum is not None):
+                return stop.signum or signal.SIGTERM
     finally:
-        stop.restore()
         bar.close()
         if writer is not None:
             writer.close()
     return None
+
+
+class _Checkpoints:
+    """Saves whole steps: where all ranks have come to one, or on this rank's own account."""
+
+    def __init__(self, trainer: Trainer, begun: Start, run_dir: Path, results: Results):
+        self.trainer, self.run_dir, self.results = trainer, run_dir, results
+        self.saved, self.data_fingerprint = begun.step, begun.data_fingerprint
+        trainer.steps_done = begun.step
+        self.streams: list[dict] = []
+        """Where this rank's stream stood after the last steps."""
+
+    def save(self, step: int) -> None:
+        """Called by all ranks after the same step."""
+        if step == self.saved:
+            return
+        _check_state(self.trainer, step, self.run_dir)
+        streams = gather(self._stream(step))
+        with self.trainer.updating:  # Whoever ends the process waits for the file.
+            written = self._write(step, streams)
+        if written and step < self.trainer.config.optim.steps:
+            try:
+                self.results.write()
+            except OSError as error:
+                logger.error("%s", error)
+
+    def save_alone(self) -> None:
+        """Without the other ranks, from any thread: the last whole step, where the state is at one.
+
+        Where the others' streams stood is not known: they take this rank's place for theirs, if they can.
+        """
+        if not self.trainer.world.is_main:
+            return
+        with self.trainer.updating:
+            step = self.trainer.steps_done
+            if step is None or step == self.saved or self.trainer.not_finite():
+                return
+            if not self._write(step, [self._stream(step)]):
+                return
+        logger.warning("saved step %d; the same command goes on from there", step)
+
+    @contextmanager
+    def saved_alone_by(self, stop: StopRequest, bar: tqdm) -> Iterator[None]:
+        """Saves, within, what a request leaves behind that finds no end of the step, or that breaks the step itself."""
+        stop.save = self.save_alone
+        try:
+            yield
+        except Exception as error:
+            if stop.signum is None or isinstance(error, Diverged):
+                raise
+            # A Ctrl-C also ends the processes that compile for us, and a rank that has left ends a reduction.
+            bar.close()
+            logger.warning("%s within a step (%s)", Stopped(stop.signum), type(error).__name__)
+            self.save_alone()
+            raise Stopped(stop.signum) from error
+
+    def _stream(self, step: int) -> dict:
+        return next(state for state in self.streams if state["step"] == step)
+
+    def _write(self, step: int, streams: list[dict]) -> bool:
+        """Whether rank 0 has written the checkpoint; where it could not, a line in the log says why."""
+        self.saved, trainer = step, self.trainer
+        if trainer.bad_steps > 0:
+            logger.warning("losses or gradients of step %d are not finite: no checkpoint is written", step)
+            return False
+        if not trainer.world.is_main:
+            return False
+        state = {
+            "step": step,
+            "trainer": trainer.state_dict(),
+            "streams": streams,
+            "config": described(trainer),
+            "data_fingerprint": self.data_fingerprint,
+        }
+        try:
+            save_checkpoint(self.run_dir, step, state, trainer.config.run.keep_checkpoints)
+        except OSError as error:
+            logger.error("%s; the newest checkpoint: %s", error, newest_checkpoint(self.run_dir) or "none")
+            return False
+        return True
 
 
 class _Rates:
@@ -181,6 +243,7 @@ def _log(
     loss, clustering_loss, entropy = average(
         torch.stack([result.loss, result.clustering_loss, result.target_entropy])
     ).tolist()
+    assignments = statistics.read()
     if writer is None:
         return
     n_tokens = statistics.n_positions
@@ -190,7 +253,7 @@ def _log(
         "clustering_loss": clustering_loss,
         "target_entropy": entropy,
         "target_entropy_floor": entropy_floor(sinkhorn_batch, config.clustering.n_prototypes),
-        **statistics.read(),
+        **assignments,
         **rates.read(),
         "peak_memory_bytes": _peak_memory(world.device),
         "lr": result.lr,
@@ -213,43 +276,25 @@ def _peak_memory(device: torch.device) -> int:
 
 
 def _check_finite(trainer: Trainer, run_dir: Path, limit: int) -> None:
-    """Stops a run whose losses have not been finite for `limit` steps."""
+    """Stops a run whose losses or gradients have not been finite for `limit` steps."""
     bad_steps = int(trainer.bad_steps)
     if bad_steps >= limit:
         good = newest_checkpoint(run_dir)
         raise Diverged(
-            f"the losses were not finite for {bad_steps} steps in a row (run.max_nan_steps is "
+            f"losses or gradients were not finite for {bad_steps} steps in a row (run.max_nan_steps is "
             f"{trainer.config.run.max_nan_steps}); last good checkpoint: {good or 'none'}. "
             "Try a lower learning rate, or run.precision fp32."
         )
 
 
-def _save(trainer: Trainer, step: int, batches: DevicePrefetcher, fingerprint: str | None, run_dir: Path) -> bool:
-    """Whether the state of this step is sound; where its checkpoint cannot be written, a line in the log says so."""
-    if trainer.bad_steps > 0:
-        logger.warning("the losses of step %d are not finite: no checkpoint is written", step)
-        return False
-    streams = gather(batches.state_dict())
-    if trainer.world.is_main:
-        state = {
-            "step": step,
-            "trainer": trainer.state_dict(),
-            "streams": streams,
-            "config": described(trainer),
-            "data_fingerprint": fingerprint,
-        }
-        try:
-            save_checkpoint(run_dir, step, state, trainer.config.run.keep_checkpoints)
-        except OSError as error:
-            logger.error("%s; the newest checkpoint: %s", error, newest_checkpoint(run_dir) or "none")
-    return True
-
-
-def _write_results(results: Results) -> None:
-    try:
-        results.write()
-    except OSError as error:
-        logger.error("%s", error)
+def _check_state(trainer: Trainer, step: int, run_dir: Path) -> None:
+    """Stops a run whose weights or optimiser states are not finite: no later step would mend them."""
+    name = trainer.not_finite()
+    if any_rank(name is not None):
+        raise Diverged(
+            f"{name or 'the state of another rank'} is not finite after step {step}; last good checkpoint: "
+            f"{newest_checkpoint(run_dir) or 'none'}. Try a lower learning rate, or run.precision fp32."
+        )
 
 
 def _goes_on_from(run_dir: Path, done: int) -> str:
@@ -295,14 +340,14 @@ def main(argv: list[str] | None = None) -> int:
     config = load_config(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        with join_world(config.run.device) as world:
-            return train(config, world)
+        with StopRequest(config.run.stop_timeout) as stop, join_world(config.run.device) as world:
+            return train(config, world, stop)
     except (ValueError, OSError, ImportError, Diverged) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 1
-    except KeyboardInterrupt:
-        print("interrupted; the newest checkpoint stays", file=sys.stderr)  # noqa: T201
-        return 130
+    except Stopped as stopped:
+        logger.warning("%s; the newest checkpoint stays", stopped)
+        return 128 + stopped.signum
 
 
 if __name__ == "__main__":

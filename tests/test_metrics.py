@@ -112,6 +112,16 @@ def test_statistics_keep_what_they_were_given():
     assert statistics.read()["dead_prototypes"] == 0
 
 
+def test_statistics_keep_the_newest_tokens_only():
+    statistics = AssignmentStatistics(4, 4, max_tokens=50)
+    for cluster in range(1000):
+        statistics.update(torch.arange(20) % 4, torch.full((20,), cluster % 4))
+    assert len(statistics._tokens) == 2
+    result = statistics.read()
+    assert result["assigned_tokens"] == 40
+    assert result["dead_prototypes"] == 0.5
+
+
 def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path):
     with closing(MetricsWriter(tmp_path)) as writer:
         writer.write(0, {"loss": 2.5, "assigned_tokens": 7})
