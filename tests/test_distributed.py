@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from test_train import assert_equal_states, batch_of, load_tiniest
+from test_train import batch_of
+from tiny_runs import assert_equal_states, load_tiniest
 
 from capi.checkpoint import load_newest_checkpoint
 from capi.distributed import World, _first_host, _launched

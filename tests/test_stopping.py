@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo  # Each fork would import it anew.
-from test_train import TINIEST, assert_equal_states
+from tiny_runs import TINIEST, assert_equal_states
 from torch.distributed import HashStore
 
 import capi.step
