@@ -62,6 +62,8 @@ class DataConfig:
     """Flip half of the crops left to right."""
     num_workers: int = 8
     """Loader processes per rank; 0 loads in the training process."""
+    read_timeout: float = 60.0
+    """Seconds after which the read of a file is given up; it then counts as unreadable."""
     hf_split: str = "train"
     """Split of a Hugging Face data set."""
     image_key: str = "auto"
