@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from capi.config import Config, micro_batch_size
 from capi.masking import Masks, sample_masks
+from capi.permutation import Permutation
 from capi.retry import attempt, reason
 from capi.seeding import Purpose, generator
 from capi.sources import (
@@ -155,7 +156,7 @@ class ImageStream:
     """Endless micro-batches of images with their masks, for one rank; `micro_batches_per_step` in a row make a step.
 
     Folders and synthetic scenes: image i of micro-batch j of a step is sample g = step * batch_size + rank * local
-    batch + j * micro-batch + i of the run, which is image permutation(seed, g // n)[g % n] of n. So neither ranks nor
+    batch + j * micro-batch + i of the run, which is image Permutation(seed, g // n)[g % n] of n. So neither ranks nor
     loader processes nor micro-batches change what a step sees, and a step number is all that resuming takes. An
     unreadable file is replaced by the next readable one of the listing.
 
@@ -348,7 +349,7 @@ class _Batches(IterableDataset):
         first = step * batch_size + self._rank * local + place * self._n_images
         for sample in range(first, first + self._n_images):
             epoch = sample // n
-            index = int(_permutation(self._config.run.seed, epoch, n)[sample % n])
+            index = _permutation(self._config.run.seed, epoch, n)[sample % n]
             for candidate in chain(range(index, n), range(index)):
                 name, data = self._source.name(candidate), attempt(self._source.read, candidate)
                 pixels = self._pixels((epoch, index), name, data)
@@ -401,8 +402,8 @@ class _Batches(IterableDataset):
 
 
 @lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, n: int) -> ndarray:
-    return generator(Purpose.ORDER, seed, epoch).permutation(n)
+def _permutation(seed: int, epoch: int, n: int) -> Permutation:
+    return Permutation(generator(Purpose.ORDER, seed, epoch), n)
 
 
 def _unchanged(delivery: _Delivery | SourceError) -> _Delivery | SourceError:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import fsspec
@@ -450,3 +451,15 @@ class TestFolderListing:
         monkeypatch.setattr(os, "scandir", refusing)
         assert len(opened(f"folder:{tmp_path}")) == 1
         assert f"left out the folder {tmp_path}/closed/: Permission denied" in caplog.text
+
+    def test_loader_processes_share_the_names(self, tmp_path: Path):
+        for i in range(30):
+            (tmp_path / f"{'a' * 200}{i:02d}.png").write_bytes(b"")
+        (tmp_path / "b.png").write_bytes(b"")
+        source = opened(f"folder:{tmp_path}")
+        # No name is padded to the longest.
+        assert source._names.nbytes == 30 * 206 + 5
+        # A process that is spawned gets a handle, not a copy.
+        assert len(ForkingPickler.dumps(source)) < 2000
+        assert source._names.is_shared() and source._ends.is_shared()
+        assert source.name(30) == str(tmp_path / "b.png")
