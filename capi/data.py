@@ -44,6 +44,7 @@ _MAX_ASPECT = 4 / 3
 # A JPEG may be decoded at 1/2, 1/4 or 1/8 while the crop stays this many times larger than the output.
 _REDUCING_GAP = 2
 _MAX_REASONS = 3
+_FEWER_THAN_A_BATCH = "%s has fewer images than optim.batch_size, %d: a step shows some of them more than once"
 # What the EXIF orientation asks for: whether to swap rows and columns, and which of the two to reverse then.
 _UPRIGHT = {
     2: (False, (1,)),
@@ -209,10 +210,22 @@ class ImageStream:
             "shuffle_buffer": config.data.shuffle_buffer,
         }
         self._cursors: dict[int, Cursor] = {}
+        if rank == 0:
+            self._say_what_was_found()
         if isinstance(self._source, ShardedSource):
             self._layout["content"] = self._source.fingerprint
             self._cursors = self._first_cursors(step, state)
+            self._epoch, self._is_small = min(cursor.epoch for cursor in self._cursors.values()), False
         self._note_step()
+
+    def _say_what_was_found(self) -> None:
+        source, batch_size = self._source, self._config.optim.batch_size
+        if isinstance(source, ShardedSource):
+            logger.info("%s: %d shards", source.source, source.n_shards)
+            return
+        logger.info("%s: %d images", source.source, len(source))
+        if len(source) < batch_size:
+            logger.warning(_FEWER_THAN_A_BATCH, source.source, batch_size)
 
     def _first_cursors(self, step: int, state: dict | None) -> dict[int, Cursor]:
         n_readers = self._world_size * self._n_processes
@@ -255,6 +268,12 @@ class ImageStream:
         cursors = {process: tuple(cursor) for process, cursor in self._cursors.items()}
         step = self._micro_batch // self.micro_batches_per_step
         self._state = {"step": step, "layout": self._layout, "cursors": cursors}
+        if cursors and self._rank == 0 and not self._is_small:
+            epoch = min(cursor[0] for cursor in cursors.values())
+            self._is_small = epoch > self._epoch + 1  # An epoch began and ended in this step.
+            self._epoch = epoch
+            if self._is_small:
+                logger.warning(_FEWER_THAN_A_BATCH, self._source.source, self._config.optim.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         config = self._config

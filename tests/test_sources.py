@@ -22,6 +22,7 @@ from PIL import Image
 
 from capi.config import Config
 from capi.data import ImageStream, evaluation_images
+from capi.listing import IMAGE_EXTENSIONS, _image_extensions
 from capi.retry import persistent
 from capi.shards import HubShards
 from capi.sources import Cursor, IndexedSource, ShardedSource, ShardReader, SourceError, open_source
@@ -463,3 +464,77 @@ class TestFolderListing:
         assert len(ForkingPickler.dumps(source)) < 2000
         assert source._names.is_shared() and source._ends.is_shared()
         assert source.name(30) == str(tmp_path / "b.png")
+
+
+class TestFormats:
+    """Whatever the installed Pillow decodes is an image."""
+
+    WRITTEN = "apng avif bmp dds dib gif icns ico j2k jfif jp2 jpg mpo pcx png pnm qoi sgi tga tif webp"
+
+    @pytest.fixture
+    def images(self) -> dict[str, bytes]:
+        files = {}
+        for i, extension in enumerate(self.WRITTEN.split()):
+            file = io.BytesIO()
+            Image.new("RGB", (32, 32), (10 * i, 50, 50)).save(file, Image.registered_extensions()[f".{extension}"])
+            files[f"{i:02d}.{extension if i % 2 else extension.upper()}"] = file.getvalue()
+        return files
+
+    @pytest.mark.parametrize("kind", ["folder", "wds"])
+    def test_are_found_and_read(self, tmp_path: Path, images: dict[str, bytes], kind: str):
+        others = dict.fromkeys(("a.txt", "b.mp4", "c.json", "d.npy", "e.pdf", "png", "f.svg"), b"no image")
+        if kind == "wds":
+            (tmp_path / "0.tar").write_bytes(tar_of(images | others))
+            source = f"wds:{tmp_path}/0.tar"
+        else:
+            for name, data in (images | others).items():
+                (tmp_path / name).write_bytes(data)
+            source = f"folder:{tmp_path}"
+            assert len(opened(source)) == len(images)
+        reds = evaluation_images(make_config(source), len(images))[:, 0, 0, 0].tolist()
+        assert all(abs(red - 10 * i) <= 8 for i, red in enumerate(reds))
+
+    @pytest.mark.parametrize("extension", ["ps", "eps", "mpg", "h5", "grib", "wmf"])
+    def test_leave_out_what_pillow_cannot_decode_itself(self, tmp_path: Path, extension: str):
+        (tmp_path / f"0.{extension}").write_bytes(b"")
+        with pytest.raises(SourceError, match="expected images of a format that Pillow reads, found none"):
+            opened(f"folder:{tmp_path}")
+
+    def test_include_those_of_plugins(self, monkeypatch):
+        monkeypatch.setitem(Image.OPEN, "NEW", (None, None))
+        monkeypatch.setitem(Image.EXTENSION, ".new", "NEW")
+        assert _image_extensions() - IMAGE_EXTENSIONS == {"new"}
+
+
+class TestStartUp:
+    @pytest.fixture(autouse=True)
+    def listen(self, caplog):
+        caplog.set_level("INFO")
+
+    def images(self, place: Path, n: int) -> None:
+        place.mkdir(exist_ok=True)
+        for i in range(n):
+            (place / f"{i}.png").write_bytes(encoded(i))
+
+    @pytest.mark.parametrize(("n", "warns"), [(3, True), (4, False)])
+    def test_says_how_many_images_a_folder_has(self, tmp_path: Path, caplog, n: int, warns: bool):
+        self.images(tmp_path / "a", n)
+        config = make_config(f"folder:{tmp_path / 'a'}")
+        ImageStream(config)
+        assert f"folder:{tmp_path / 'a'}: {n} images" in caplog.text
+        assert ("fewer images than optim.batch_size, 4" in caplog.text) == warns
+        caplog.clear()
+        ImageStream(config, rank=1, world_size=2)
+        assert not caplog.records
+
+    @pytest.mark.parametrize(("n", "warns"), [(1, True), (3, True), (4, False), (6, False)])
+    @pytest.mark.parametrize("num_workers", [0, 2])
+    def test_says_how_many_shards_a_stream_has(self, tmp_path: Path, caplog, n: int, warns: bool, num_workers: int):
+        for shard in range(2):
+            members = {f"{i}.png": encoded(i) for i in range(n) if i % 2 == shard}
+            (tmp_path / f"{shard}.tar").write_bytes(tar_of(members))
+        config = make_config(f"wds:{tmp_path}/*.tar", num_workers=num_workers)
+        config.run.micro_batch_size = 2
+        list(islice(ImageStream(config), 12))
+        assert f"wds:{tmp_path}/*.tar: 2 shards" in caplog.text
+        assert caplog.text.count("fewer images than optim.batch_size, 4") == warns
