@@ -538,3 +538,113 @@ class TestStartUp:
         list(islice(ImageStream(config), 12))
         assert f"wds:{tmp_path}/*.tar: 2 shards" in caplog.text
         assert caplog.text.count("fewer images than optim.batch_size, 4") == warns
+
+
+class TestMemberNames:
+    """WebDataset's rule: what stands before the first dot names a sample, what follows is the extension."""
+
+    def taken(self, tmp_path: Path, image_key: str, *names: str) -> list[str]:
+        (tmp_path / "0.tar").write_bytes(tar_of({name: encoded(1) for name in names}))
+        shard = opened(f"wds:{tmp_path}/0.tar", image_key=image_key).shard(0)
+        return [name.removeprefix(f"{tmp_path}/0.tar:") for name, _ in shard]
+
+    @pytest.mark.parametrize(
+        ("image_key", "expected"),
+        [
+            ("auto", ["a.jpg", "d/a.PNG"]),
+            ("jpg", ["a.jpg"]),
+            (".JPG", ["a.jpg"]),
+            ("left.jpg", ["a.left.jpg", "b.LEFT.jpg"]),
+            ("*.jpg", ["a.left.jpg", "b.LEFT.jpg", "b.right.jpg", "IMG_2021.05.01.jpg"]),
+            ("*jpg", ["a.jpg", "a.left.jpg", "b.LEFT.jpg", "b.right.jpg", "IMG_2021.05.01.jpg"]),
+        ],
+    )
+    def test_key_picks_members(self, tmp_path: Path, image_key: str, expected: list[str]):
+        names = (
+            "a.jpg",
+            "a.json",
+            "a.left.jpg",
+            "b.LEFT.jpg",
+            "b.right.jpg",
+            "IMG_2021.05.01.jpg",
+            "d/a.PNG",
+            ".h.jpg",
+        )
+        taken = self.taken(tmp_path, image_key, *names)
+        assert [name for name in taken if not name.startswith("members of")] == expected
+
+    @pytest.mark.parametrize(
+        "names",
+        [
+            ("a.jpg", "a.seg.png"),
+            ("a.seg.png", "a.jpg"),
+            ("d.e/a.jpg",),
+            ("a.v2.json", "a.jpg"),
+            ("._a.b.jpg", "c.jpg"),
+        ],
+    )
+    def test_companions_of_an_image_are_not_missed(self, tmp_path: Path, names: tuple[str, ...]):
+        assert len(self.taken(tmp_path, "auto", *names)) == 1
+
+    @pytest.mark.parametrize("image_key", ["auto", "jpg"])
+    def test_what_is_left_out_is_counted_and_said_once(self, tmp_path: Path, caplog, image_key: str):
+        for shard in range(2):
+            names = ["plain.jpg", "plain.seg.jpg", *(f"track v2.{i}.jpg" for i in range(8)), "x/y.2.jpg"]
+            (tmp_path / f"{shard}.tar").write_bytes(tar_of(dict.fromkeys(names, encoded(shard))))
+        config = make_config(f"wds:{tmp_path}/*.tar", image_key=image_key)
+        list(islice(ImageStream(config), 6))
+        said = [record.getMessage() for record in caplog.records if "WebDataset" in record.getMessage()]
+        assert len(said) == 1
+        assert "9 of 10 images of" in said[0]
+        assert "such as track v2.0.jpg, whose extension is 0.jpg" in said[0]
+        assert "data.image_key '*jpg' takes them" in said[0]
+        assert len({*self.taken(tmp_path, "*jpg", *names)}) == len(names)
+
+    def test_shard_of_such_names_alone_says_so(self, tmp_path: Path):
+        (tmp_path / "0.tar").write_bytes(tar_of({f"IMG_2021.05.{i:02d}.jpg": encoded(i) for i in range(8)}))
+        with pytest.raises(SourceError, match=r"8 of 8 images of .*0\.tar, such as IMG_2021\.05\.00\.jpg"):
+            next(iter(ImageStream(make_config(f"wds:{tmp_path}/0.tar"))))
+
+    def test_key_that_takes_all_is_named(self, tmp_path: Path):
+        (tmp_path / "0.tar").write_bytes(tar_of({f"{i}.rgb.jpg": encoded(i) for i in range(3)}))
+        with pytest.raises(SourceError, match=r"data\.image_key 'rgb\.jpg' takes them"):
+            next(iter(ImageStream(make_config(f"wds:{tmp_path}/0.tar"))))
+
+    def test_wildcards_in_a_path_that_exists_are_taken_as_they_are(self, tmp_path: Path):
+        (tmp_path / "[raw] run").mkdir()
+        (tmp_path / "[raw] run" / "0.tar").write_bytes(tar_of({"0.png": encoded(5)}))
+        assert opened(f"wds:{tmp_path}/[raw] run/0.tar").n_shards == 1
+
+
+class TestConfigurations:
+    @pytest.fixture
+    def place(self, tmp_path: Path) -> Path:
+        pytest.importorskip("datasets")
+        place, header = tmp_path / "two", "---\nconfigs:\n"
+        for i, name in enumerate(("full", "small")):
+            parquet(place / name / "train.parquet", [i])
+            header += f"- config_name: {name}\n  data_files: {name}/*.parquet\n"
+        (place / "README.md").write_text(f"{header}---\n")
+        return place
+
+    def test_is_named_after_the_data_set(self, place: Path):
+        full, small = opened(f"hf:{place}:full"), opened(f"hf:{place}:small")
+        assert [number(read()) for source in (full, small) for _, read in source.shard(0)] == [0, 1]
+
+    @pytest.mark.parametrize(("suffix", "got"), [("", "none"), (":large", "large")])
+    def test_must_be_one_of_those_there_are(self, place: Path, suffix: str, got: str):
+        message = (
+            rf"^hf:{place}{suffix}: expected hf:NAME:CONFIGURATION with one of the .* \['full', 'small'\], got {got}$"
+        )
+        with pytest.raises(SourceError, match=message):
+            opened(f"hf:{place}{suffix}")
+
+    def test_colon_in_a_local_path(self, place: Path):
+        other = place.rename(place.with_name("two:full"))
+        assert opened(f"hf:{other}:small").n_shards == 1
+        parquet(other.with_name("one:x") / "train.parquet", [3])
+        assert opened(f"hf:{other.with_name('one:x')}").n_shards == 1
+
+    def test_missing_split_is_said_on_one_line(self, place: Path):
+        with pytest.raises(SourceError, match=r"split test cannot be loaded: ValueError: Bad split: test\."):
+            opened(f"hf:{place}:full", hf_split="test")
