@@ -23,7 +23,7 @@ from PIL import Image
 from capi.config import Config
 from capi.data import ImageStream, evaluation_images
 from capi.listing import IMAGE_EXTENSIONS, _image_extensions
-from capi.retry import persistent
+from capi.retry import PersistentFile, persistent
 from capi.shards import HubShards
 from capi.sources import Cursor, IndexedSource, ShardedSource, ShardReader, SourceError, open_source
 
@@ -109,7 +109,7 @@ class TestFingerprint:
         elif change == "removed":
             path.unlink()
         elif change == "renamed":
-            path.rename(path.with_stem(f"{path.stem}0"))
+            path.rename(path.with_stem(f"{path.stem[:-1]}7"))
         elif path.suffix == ".parquet":
             parquet(path, [7, 8])
         else:
@@ -410,6 +410,22 @@ class TestBrokenConnection:
         monkeypatch.setattr(HubShards, "_rows", hiccup)
         assert self.numbers(source) == list(range(10))
         assert len(n_starts) == 4
+
+    def test_file_that_ends_early_is_read_on(self, monkeypatch):
+        data, n_opened = bytes(range(200)), []
+
+        class File(io.BytesIO):
+            size = len(data)
+
+        class System:
+            def open(self, path: str, mode: str) -> File:
+                n_opened.append(path)
+                return File(data if len(n_opened) > 2 else data[:100])
+
+        monkeypatch.setattr(fsspec, "url_to_fs", lambda url: (System(), url))
+        file = PersistentFile("somewhere://0.tar")
+        assert b"".join(iter(lambda: file.read(60), b"")) == data
+        assert len(n_opened) == 3
 
     def test_missing_file_is_not_tried_again(self, tmp_path: Path, caplog):
         (tmp_path / "0.png").symlink_to(tmp_path / "nowhere")
