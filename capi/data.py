@@ -21,6 +21,7 @@ from capi.config import Config, micro_batch_size
 from capi.crops import Encoded, centre_box, crop, random_box
 from capi.loader import affordable_prefetch, loaded, share
 from capi.masking import Masks, sample_masks
+from capi.permutation import Permutation
 from capi.reading import Reads, never
 from capi.retry import attempt, reason
 from capi.seeding import Purpose, generator
@@ -38,6 +39,7 @@ from capi.sources import (
 logger = logging.getLogger(__name__)
 
 _MAX_REASONS = 3
+_FEWER_THAN_A_BATCH = "%s has fewer images than optim.batch_size, %d: a step shows some of them more than once"
 
 
 @dataclass
@@ -70,7 +72,7 @@ class ImageStream:
     """Endless micro-batches of images with their masks, for one rank; `micro_batches_per_step` in a row make a step.
 
     Folders and synthetic scenes: image i of micro-batch j of a step is sample g = step * batch_size + rank * local
-    batch + j * micro-batch + i of the run, which is image permutation(seed, g // n)[g % n] of n. So neither ranks nor
+    batch + j * micro-batch + i of the run, which is image Permutation(seed, g // n)[g % n] of n. So neither ranks nor
     loader processes nor micro-batches change what a step sees, and a step number is all that resuming takes. An
     unreadable file is replaced by the next readable one of the listing.
 
@@ -133,10 +135,22 @@ class ImageStream:
             "shuffle_buffer": config.data.shuffle_buffer,
         }
         self._cursors: dict[int, Cursor] = {}
+        if rank == 0:
+            self._say_what_was_found()
         if isinstance(self._source, ShardedSource):
             self._layout["content"] = self._source.fingerprint
             self._cursors = self._first_cursors(step, state)
+            self._epoch, self._is_small = min(cursor.epoch for cursor in self._cursors.values()), False
         self._note_step()
+
+    def _say_what_was_found(self) -> None:
+        source, batch_size = self._source, self._config.optim.batch_size
+        if isinstance(source, ShardedSource):
+            logger.info("%s: %d shards", source.source, source.n_shards)
+            return
+        logger.info("%s: %d images", source.source, len(source))
+        if len(source) < batch_size:
+            logger.warning(_FEWER_THAN_A_BATCH, source.source, batch_size)
 
     def _first_cursors(self, step: int, state: dict | None) -> dict[int, Cursor]:
         n_readers = self._world_size * self._n_processes
@@ -179,6 +193,12 @@ class ImageStream:
         cursors = {process: tuple(cursor) for process, cursor in self._cursors.items()}
         step = self._micro_batch // self.micro_batches_per_step
         self._state = {"step": step, "layout": self._layout, "cursors": cursors}
+        if cursors and self._rank == 0 and not self._is_small:
+            epoch = min(cursor[0] for cursor in cursors.values())
+            self._is_small = epoch > self._epoch + 1  # An epoch began and ended in this step.
+            self._epoch = epoch
+            if self._is_small:
+                logger.warning(_FEWER_THAN_A_BATCH, self._source.source, self._config.optim.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         return self.batches()
@@ -281,7 +301,7 @@ class _Batches(IterableDataset):
         first = step * batch_size + self._rank * local + place * self._n_images
         for sample in range(first, first + self._n_images):
             epoch = sample // n
-            index = int(_permutation(self._config.run.seed, epoch, n)[sample % n])
+            index = _permutation(self._config.run.seed, epoch, n)[sample % n]
             for candidate in chain(range(index, n), range(index)):
                 name = self._source.name(candidate)
                 read = attempt if isinstance(self._source, SyntheticImages) else partial(self._reads, name)
@@ -336,8 +356,8 @@ class _Batches(IterableDataset):
 
 
 @lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, n: int) -> ndarray:
-    return generator(Purpose.ORDER, seed, epoch).permutation(n)
+def _permutation(seed: int, epoch: int, n: int) -> Permutation:
+    return Permutation(generator(Purpose.ORDER, seed, epoch), n)
 
 
 def evaluation_images(config: Config, n: int) -> UInt8[Tensor, "n 3 size size"]:

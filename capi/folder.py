@@ -47,9 +47,7 @@ class ImageFolder:
             names += name
             ends.append(len(names))
         if not names:
-            raise SourceError(
-                f"{self.source}: expected images ({', '.join(sorted(IMAGE_EXTENSIONS))}), found none at any depth"
-            )
+            raise SourceError(f"{self.source}: expected images of a format that Pillow reads, found none at any depth")
         self._names = torch.frombuffer(names, dtype=torch.uint8)
         self._ends = torch.frombuffer(ends, dtype=torch.int64)
 
