@@ -53,7 +53,7 @@ class DataConfig:
     """Where images come from and how they are cropped."""
 
     source: str = "synthetic"
-    """synthetic, folder:PATH, hf:NAME (a Hugging Face data set, streamed) or wds:PATTERN (.tar shards)."""
+    """synthetic, folder:PATH, hf:NAME[:CONFIGURATION] (Hugging Face, streamed) or wds:PATTERN (.tar shards)."""
     image_size: int = 224
     """Side of a training crop in pixels; must divide by the patch size."""
     crop_scale: tuple[float, float] = (0.6, 1.0)
@@ -62,10 +62,14 @@ class DataConfig:
     """Flip half of the crops left to right."""
     num_workers: int = 8
     """Loader processes per rank; 0 loads in the training process."""
+    read_timeout: float = 60.0
+    """Seconds after which the read of a file is given up; it then counts as unreadable."""
     hf_split: str = "train"
     """Split of a Hugging Face data set."""
     image_key: str = "auto"
-    """Column (hf; auto is "image") or file extension (wds; auto is any image extension) that holds the image."""
+    """Column (hf; auto is "image") or file extension (wds; from the first dot on; auto is any image's) of the images.
+
+    An extension may have dots and wildcards: left.jpg, *jpg."""
     shuffle_buffer: int = 10000
     """Samples that a streamed source shuffles among."""
     synthetic_size: int = 8192

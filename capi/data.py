@@ -1,15 +1,13 @@
 """Batches of cropped images and their masks: the same bits for any number of loader processes, resumable."""
 
 import logging
-import multiprocessing
 import os
-import signal
-import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import chain, count, cycle, islice
+from functools import lru_cache, partial
+from itertools import chain, count, cycle, islice, repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -17,11 +15,14 @@ import torch
 from jaxtyping import UInt8
 from numpy import ndarray
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from capi.config import Config, micro_batch_size
 from capi.crops import Encoded, centre_box, crop, random_box
+from capi.loader import affordable_prefetch, loaded, share
 from capi.masking import Masks, sample_masks
+from capi.permutation import Permutation
+from capi.reading import Reads, never
 from capi.retry import attempt, reason
 from capi.seeding import Purpose, generator
 from capi.sources import (
@@ -30,6 +31,7 @@ from capi.sources import (
     ShardedSource,
     ShardReader,
     SourceError,
+    SyntheticImages,
     in_order,
     open_source,
 )
@@ -37,6 +39,7 @@ from capi.sources import (
 logger = logging.getLogger(__name__)
 
 _MAX_REASONS = 3
+_FEWER_THAN_A_BATCH = "%s has fewer images than optim.batch_size, %d: a step shows some of them more than once"
 
 
 @dataclass
@@ -51,6 +54,11 @@ class Batch:
     def pin_memory(self) -> "Batch":
         return Batch(self.images.pin_memory(), self.masks.pin_memory(), self.skipped)
 
+    def share_memory(self) -> "Batch":
+        """Itself, moved to where other processes read it; LoaderError where that has no room."""
+        share([self.images, self.masks.visible_indices, self.masks.predict_indices])
+        return self
+
 
 class _Delivery(NamedTuple):
     """What a loader process sends: a batch, why files were skipped, and where its stream now stands."""
@@ -64,7 +72,7 @@ class ImageStream:
     """Endless micro-batches of images with their masks, for one rank; `micro_batches_per_step` in a row make a step.
 
     Folders and synthetic scenes: image i of micro-batch j of a step is sample g = step * batch_size + rank * local
-    batch + j * micro-batch + i of the run, which is image permutation(seed, g // n)[g % n] of n. So neither ranks nor
+    batch + j * micro-batch + i of the run, which is image Permutation(seed, g // n)[g % n] of n. So neither ranks nor
     loader processes nor micro-batches change what a step sees, and a step number is all that resuming takes. An
     unreadable file is replaced by the next readable one of the listing.
 
@@ -82,8 +90,10 @@ class ImageStream:
 
     Raises:
         ValueError: batch_size does not divide by world_size, or a rank's share of it by the micro-batch size, or the
-            source's name is of no known form.
+            source's name is of no known form, or data.read_timeout is not positive.
         SourceError: the source is missing, empty or (from the iterator) has no readable image.
+        LoaderError: shared memory does not hold a micro-batch, or (from the iterator) a loader process died.
+        TimeoutError: (from the iterator) reads did not return in time, eight in a row.
     """
 
     def __init__(
@@ -102,7 +112,15 @@ class ImageStream:
         local, micro = config.optim.batch_size // world_size, micro_batch_size(config, world_size)
         if micro < 1 or local % micro:
             raise ValueError(f"run.micro_batch_size must divide the {local} images of a rank, got {micro}")
+        if not config.data.read_timeout > 0:
+            raise ValueError(f"data.read_timeout must be positive, got {config.data.read_timeout}")
         self.micro_batches_per_step = local // micro
+        self._prefetch = affordable_prefetch(
+            3 * config.data.image_size**2 * micro,
+            config.data.num_workers,
+            self.micro_batches_per_step,  # On a CPU, those of the step that is computed.
+            min(world_size, int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
+        )
         self._config, self._rank, self._world_size = config, rank, world_size
         self._source = open_source(config)
         step = start_step if state is None else state["step"]
@@ -117,10 +135,22 @@ class ImageStream:
             "shuffle_buffer": config.data.shuffle_buffer,
         }
         self._cursors: dict[int, Cursor] = {}
+        if rank == 0:
+            self._say_what_was_found()
         if isinstance(self._source, ShardedSource):
             self._layout["content"] = self._source.fingerprint
             self._cursors = self._first_cursors(step, state)
+            self._epoch, self._is_small = min(cursor.epoch for cursor in self._cursors.values()), False
         self._note_step()
+
+    def _say_what_was_found(self) -> None:
+        source, batch_size = self._source, self._config.optim.batch_size
+        if isinstance(source, ShardedSource):
+            logger.info("%s: %d shards", source.source, source.n_shards)
+            return
+        logger.info("%s: %d images", source.source, len(source))
+        if len(source) < batch_size:
+            logger.warning(_FEWER_THAN_A_BATCH, source.source, batch_size)
 
     def _first_cursors(self, step: int, state: dict | None) -> dict[int, Cursor]:
         n_readers = self._world_size * self._n_processes
@@ -163,38 +193,49 @@ class ImageStream:
         cursors = {process: tuple(cursor) for process, cursor in self._cursors.items()}
         step = self._micro_batch // self.micro_batches_per_step
         self._state = {"step": step, "layout": self._layout, "cursors": cursors}
+        if cursors and self._rank == 0 and not self._is_small:
+            epoch = min(cursor[0] for cursor in cursors.values())
+            self._is_small = epoch > self._epoch + 1  # An epoch began and ended in this step.
+            self._epoch = epoch
+            if self._is_small:
+                logger.warning(_FEWER_THAN_A_BATCH, self._source.source, self._config.optim.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
+        return self.batches()
+
+    def batches(self, interrupted: Callable[[], bool] = never) -> Iterator[Batch]:
+        """As iterating, for a caller that may have to stop while it waits.
+
+        `interrupted()` is asked every second of waiting for a loader process or for a file, here, between two bytecodes
+        of whose code a signal handler may have run. If it says so, Interrupted is raised and the iterator is over;
+        `state_dict()` still says where the stream stood after the last whole step.
+        """
         config = self._config
-        batches = _Batches(config, self._source, self._rank, self._world_size, self._micro_batch, dict(self._cursors))
-        loader = DataLoader(
-            batches,
-            batch_size=None,
-            num_workers=config.data.num_workers,
-            collate_fn=_unchanged,
-            pin_memory=config.run.device != "cpu" and torch.cuda.is_available(),
-            worker_init_fn=_leave_signals_to_training,
-            generator=torch.Generator(),  # Else the loader would draw from the global one.
+        batches = _Batches(
+            *(config, self._source, self._rank, self._world_size, self._micro_batch, dict(self._cursors)),
+            never if config.data.num_workers else interrupted,
         )
-        with warnings.catch_warnings():
-            # Python 3.12 warns of threads at a fork; the processes use neither those threads nor the GPU.
-            warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
-            deliveries = iter(loader)
-        for delivery in deliveries:
-            if isinstance(delivery, SourceError):
-                break
-            for name, why in delivery.reasons.items():
-                if name not in self._skipped:
-                    self._skipped.add(name)
-                    logger.warning("skipped unreadable %s: %s", name, why)
-            if delivery.cursor is not None:
-                self._cursors[self._micro_batch % self._n_processes] = Cursor(*delivery.cursor)
-            self._micro_batch += 1
-            if self._micro_batch % self.micro_batches_per_step == 0:
-                self._note_step()
-            yield delivery.batch
-        del deliveries  # Ends the loader processes: the traceback would keep them.
-        raise delivery
+        deliveries = loaded(
+            batches,
+            num_workers=config.data.num_workers,
+            prefetch_factor=self._prefetch,
+            pin_memory=config.run.device != "cpu" and torch.cuda.is_available(),
+            interrupted=interrupted,
+        )
+        with closing(deliveries):
+            for delivery in deliveries:
+                if isinstance(delivery, Exception):
+                    raise delivery
+                for name, why in delivery.reasons.items():
+                    if name not in self._skipped:
+                        self._skipped.add(name)
+                        logger.warning("skipped unreadable %s: %s", name, why)
+                if delivery.cursor is not None:
+                    self._cursors[self._micro_batch % self._n_processes] = Cursor(*delivery.cursor)
+                self._micro_batch += 1
+                if self._micro_batch % self.micro_batches_per_step == 0:
+                    self._note_step()
+                yield delivery.batch
 
 
 class _Batches(IterableDataset):
@@ -208,13 +249,14 @@ class _Batches(IterableDataset):
         world_size: int,
         micro_batch: int,
         cursors: dict[int, Cursor],
+        interrupted: Callable[[], bool],
     ):
         self._config, self._source, self._rank, self._world_size = config, source, rank, world_size
-        self._micro_batch, self._cursors = micro_batch, cursors
+        self._micro_batch, self._cursors, self._interrupted = micro_batch, cursors, interrupted
         self._n_images = micro_batch_size(config, world_size)
         self._reasons: dict[str, str] = {}
 
-    def __iter__(self) -> Iterator[_Delivery | SourceError]:
+    def __iter__(self) -> Iterator[_Delivery | SourceError | OSError]:
         worker = get_worker_info()
         process, n_processes = (worker.id, worker.num_workers) if worker else (0, 1)
         first = self._micro_batch + process
@@ -224,15 +266,17 @@ class _Batches(IterableDataset):
             samples = self._streamed(reader)
         else:
             samples = chain.from_iterable(self._indexed(number) for number in count(first, n_processes))
-        while True:
-            # A returned error, unlike a raised one, arrives without the traceback of a loader process.
-            try:
-                batch = self._next_batch(samples)
-            except SourceError as error:
-                yield error
-                return
-            reasons, self._reasons = self._reasons, {}
-            yield _Delivery(batch, reasons, reader.cursor if reader else None)
+        with closing(Reads(self._config.data.read_timeout, self._interrupted)) as self._reads:
+            while True:
+                try:
+                    batch = self._next_batch(samples)
+                    if worker is not None:
+                        batch = batch.share_memory()
+                except (SourceError, OSError) as error:
+                    # A returned error, unlike a raised one, arrives without the traceback of a loader process.
+                    yield from repeat(error)
+                reasons, self._reasons = self._reasons, {}
+                yield _Delivery(batch, reasons, reader.cursor if reader else None)
 
     def _next_batch(self, samples: Iterator[tuple[tuple[int, ...], ndarray]]) -> Batch:
         size, patch_size = self._config.data.image_size, self._config.model.patch_size
@@ -257,9 +301,11 @@ class _Batches(IterableDataset):
         first = step * batch_size + self._rank * local + place * self._n_images
         for sample in range(first, first + self._n_images):
             epoch = sample // n
-            index = int(_permutation(self._config.run.seed, epoch, n)[sample % n])
+            index = _permutation(self._config.run.seed, epoch, n)[sample % n]
             for candidate in chain(range(index, n), range(index)):
-                name, data = self._source.name(candidate), attempt(self._source.read, candidate)
+                name = self._source.name(candidate)
+                read = attempt if isinstance(self._source, SyntheticImages) else partial(self._reads, name)
+                data = read(self._source.read, candidate)
                 pixels = self._pixels((epoch, index), name, data)
                 if pixels is not None:
                     yield (epoch, index), pixels
@@ -310,28 +356,8 @@ class _Batches(IterableDataset):
 
 
 @lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, n: int) -> ndarray:
-    return generator(Purpose.ORDER, seed, epoch).permutation(n)
-
-
-def _unchanged(delivery: _Delivery | SourceError) -> _Delivery | SourceError:
-    return delivery
-
-
-def _leave_signals_to_training(_: int) -> None:
-    """A signal that a terminal or a scheduler sends to every process must not end a loader before its last batch."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    if multiprocessing.get_start_method() != "spawn":  # Its full clean-up at exit does not bear a waiting thread.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_exit_when_parent_asks, daemon=True).start()
-
-
-def _exit_when_parent_asks() -> None:
-    # At its own exit the training process terminates its loaders by this very signal, and waits for them.
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
+def _permutation(seed: int, epoch: int, n: int) -> Permutation:
+    return Permutation(generator(Purpose.ORDER, seed, epoch), n)
 
 
 def evaluation_images(config: Config, n: int) -> UInt8[Tensor, "n 3 size size"]:

@@ -2,10 +2,11 @@
 
 import logging
 import os
+import stat
 from array import array
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain, pairwise
 from pathlib import Path
 
@@ -19,6 +20,13 @@ logger = logging.getLogger(__name__)
 _EXTENSIONS = frozenset(map(os.fsencode, IMAGE_EXTENSIONS))
 _STAT_THREADS = 16
 _STAT_CHUNK = 1024
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 class ImageFolder:
@@ -39,9 +47,7 @@ class ImageFolder:
             names += name
             ends.append(len(names))
         if not names:
-            raise SourceError(
-                f"{self.source}: expected images ({', '.join(sorted(IMAGE_EXTENSIONS))}), found none at any depth"
-            )
+            raise SourceError(f"{self.source}: expected images of a format that Pillow reads, found none at any depth")
         self._names = torch.frombuffer(names, dtype=torch.uint8)
         self._ends = torch.frombuffer(ends, dtype=torch.int64)
 
@@ -52,8 +58,9 @@ class ImageFolder:
         return os.fsdecode(self._path(*self._relative_names(range(index, index + 1))))
 
     def read(self, index: int) -> bytes:
+        """The bytes of the file. Raises OSError or, of what is no regular file and might never end, ValueError."""
         name = self.name(index)
-        return persistent(Path(name).read_bytes, name)
+        return persistent(partial(_read_regular, Path(name)), name)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -79,6 +86,13 @@ class ImageFolder:
 
     def _path(self, name: bytes) -> bytes:
         return os.path.join(self._root, name)  # noqa: PTH118 (a Path for each of a million files takes seconds)
+
+
+def _read_regular(path: Path) -> bytes:
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"expected a regular file, got {_KINDS.get(stat.S_IFMT(mode), 'a file of another kind')}")
+    return path.read_bytes()
 
 
 def _size(path: bytes) -> int | None:

@@ -3,7 +3,21 @@
 import hashlib
 from collections.abc import Iterable
 
-IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm"})
+from PIL import Image
+
+# Pillow names these and cannot decode them: a film, weather and other data whose decoder an application must bring, and
+# PostScript, a program, which it leaves to Ghostscript.
+_NO_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+
+
+def _image_extensions() -> frozenset[str]:
+    extensions = Image.registered_extensions()  # Loads all formats.
+    formats = Image.OPEN.keys() - _NO_IMAGES | {"MPO"}  # What opens JPEG opens MPO too.
+    return frozenset(extension.removeprefix(".") for extension, name in extensions.items() if name in formats)
+
+
+IMAGE_EXTENSIONS = _image_extensions()
+"""Of the files that the installed Pillow decodes, in lower case and without the dot."""
 
 
 class SourceError(ValueError):

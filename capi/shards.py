@@ -4,14 +4,16 @@ import os
 import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from fnmatch import fnmatchcase
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
+from typing import NoReturn
 
 import fsspec
 
 from capi.listing import IMAGE_EXTENSIONS, SourceError, listing_fingerprint
-from capi.retry import PersistentFile, persistent, reason
+from capi.retry import PersistentFile, attempt, persistent, reason
 
 # A data set of a million loose files counts a million shards; finding one among them takes as many steps.
 _MAX_HUB_SHARDS = 1024
@@ -21,6 +23,10 @@ _INSTALL = "pip install '.[data]'"
 
 class TarShards:
     """Images in .tar shards (WebDataset's layout): members whose name after its first dot is the wanted extension.
+
+    `image_key` is that extension, which may itself have dots and the wildcards of a shell (left.jpg, *jpg), or auto:
+    any that images have. Images by their last extension that no other member of their sample (of the same name up to
+    the first dot) stands for are left out, and said at the end of their shard.
 
     The `webdataset` builder of Hugging Face `datasets` does not serve: it stops at the first broken shard, at samples
     with different members, and decodes members that nobody asked for.
@@ -35,12 +41,14 @@ class TarShards:
         self._urls = [url for expanded in braceexpand(pattern) for url in self._matches(expanded)]
         for protocol in sorted({url.partition("://")[0] for url in self._urls if "://" in url}):
             self._check_protocol(protocol)
-        self._extensions = IMAGE_EXTENSIONS if image_key == "auto" else {image_key.lower().lstrip(".")}
+        self._image_key = image_key.lower().lstrip(".")
 
     def _matches(self, pattern: str) -> list[str]:
         if "://" in pattern:
             return [pattern]
         path = Path(pattern).expanduser()
+        if path.exists():
+            return [str(path)]
         matches = sorted(map(str, Path(path.anchor).glob(str(path.relative_to(path.anchor)))))
         if not matches:
             raise SourceError(f"{self.source}: expected .tar shards, found no file {pattern}")
@@ -72,11 +80,36 @@ class TarShards:
         """Names of the images of one shard, each with a function that reads it before the next is asked for."""
         url = self._urls[index]
         with closing(PersistentFile(url)) as file, _open_tar(file) as tar:
+            n_images, sample, has_image, of_sample, left_out = 0, "", False, [], []
             for member in tar:
-                basename = member.name.rpartition("/")[2]
-                hidden = basename.startswith(".")
-                if member.isfile() and not hidden and basename.partition(".")[2].lower() in self._extensions:
+                folder, _, basename = member.name.rpartition("/")
+                stem, _, extension = basename.partition(".")
+                if not member.isfile() or not stem:
+                    continue
+                if (folder, stem) != sample:
+                    left_out += [] if has_image else of_sample
+                    sample, has_image, of_sample = (folder, stem), False, []
+                if self._is_wanted(extension):
+                    n_images, has_image = n_images + 1, True
                     yield f"{url}:{member.name}", partial(_member_bytes, tar, member)
+                elif "." in extension and self._is_wanted(extension.rpartition(".")[2]):
+                    of_sample.append(member.name)
+            left_out += [] if has_image else of_sample
+        if left_out:
+            yield f"members of {self.source}", partial(_raise, self._left_out(url, left_out, n_images))
+
+    def _is_wanted(self, extension: str) -> bool:
+        if self._image_key == "auto":
+            return extension.lower() in IMAGE_EXTENSIONS
+        return fnmatchcase(extension.lower(), self._image_key)
+
+    def _left_out(self, url: str, names: list[str], n_images: int) -> SourceError:
+        extensions = [name.rpartition("/")[2].partition(".")[2] for name in names]
+        key = extensions[0] if len(set(extensions)) == 1 else f"*{extensions[0].rpartition('.')[2]}"
+        return SourceError(
+            f"{len(names)} of {len(names) + n_images} images of {url}, such as {names[0]}, whose extension is "
+            f"{extensions[0]} (WebDataset's rule: from the first dot on); data.image_key '{key}' takes them"
+        )
 
 
 def _open_tar(file: PersistentFile) -> tarfile.TarFile:
@@ -87,12 +120,16 @@ def _open_tar(file: PersistentFile) -> tarfile.TarFile:
         raise SourceError(f"expected a .tar archive, got {found}") from error
 
 
+def _raise(error: Exception) -> NoReturn:
+    raise error
+
+
 def _member_bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     return tar.extractfile(member).read()
 
 
 class HubShards:
-    """Images of a Hugging Face data set, streamed; `name` may be a local folder."""
+    """Images of a Hugging Face data set, streamed; `name` may be a local folder, and end with :CONFIGURATION."""
 
     def __init__(self, name: str, split: str, image_key: str) -> None:
         self.source = f"hf:{name}"
@@ -100,8 +137,20 @@ class HubShards:
             import datasets
         except ImportError as error:
             raise ImportError(f"{self.source} needs Hugging Face datasets: {_INSTALL}") from error
+        place, configuration = os.path.expanduser(name), None  # noqa: PTH111
+        if ":" in place and not Path(place).exists():
+            place, _, configuration = place.rpartition(":")
         try:
-            builder = datasets.load_dataset_builder(os.path.expanduser(name))  # noqa: PTH111
+            builder = datasets.load_dataset_builder(place, configuration)
+        except Exception as error:
+            known = attempt(datasets.get_dataset_config_names, place)
+            if isinstance(known, list) and configuration not in known and (configuration or len(known) > 1):
+                raise SourceError(
+                    f"{self.source}: expected hf:NAME:CONFIGURATION with one of the configurations {known}, "
+                    f"got {configuration or 'none'}"
+                ) from error
+            raise SourceError(f"{self.source} cannot be loaded: {reason(error)}") from error
+        try:
             dataset = builder.as_streaming_dataset(split)
         except Exception as error:
             raise SourceError(f"{self.source}: split {split} cannot be loaded: {reason(error)}") from error

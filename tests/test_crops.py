@@ -1,6 +1,8 @@
 """Exact pixels out of encoded images: boxes, modes, orientation, reduced decoding."""
 
 import io
+import struct
+import zlib
 from collections.abc import Callable
 
 import numpy as np
@@ -20,6 +22,18 @@ def pillow_crop(image: Image.Image, box: tuple, size: int) -> np.ndarray:
     cropped = image.crop((left, top, left + width, top + height))
     narrow = cropped.resize((size, height), Image.Resampling.BICUBIC)
     return np.asarray(narrow.resize((size, size), Image.Resampling.BICUBIC)).astype(int)
+
+
+def png_chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def tiff_of_12_bits(value: int) -> bytes:
+    """4 x 4 pixels of one grey value; Pillow does not write such files."""
+    pixels = int(f"{value:012b}" * 16, 2).to_bytes(24, "big")
+    tags = {256: 4, 257: 4, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 4, 279: len(pixels)}
+    entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, content, 0) for tag, content in tags.items())
+    return b"II*\0" + struct.pack("<I", 8 + len(pixels)) + pixels + struct.pack("<H", len(tags)) + entries + bytes(4)
 
 
 class TestCrop:
@@ -87,7 +101,10 @@ class TestCrop:
             (Image.fromarray(np.full((9, 9), 65535, np.uint16)), {}, (255, 255, 255)),
             (Image.fromarray(np.full((9, 9), 200, np.uint16)), {}, (1, 1, 1)),
             (Image.fromarray(np.full((9, 9), 25700, np.uint16)), {"file_format": "TIFF"}, (100, 100, 100)),
-            (Image.fromarray(np.full((9, 9), 25700, np.int32)), {"file_format": "TIFF"}, (100, 100, 100)),
+            (Image.fromarray(np.full((9, 9), 200, np.uint16)), {"file_format": "TIFF"}, (1, 1, 1)),
+            (Image.new("YCbCr", (9, 9), (76, 85, 255)), {"file_format": "TIFF"}, (254, 0, 0)),
+            (Image.new("LA", (9, 9), (77, 5)).convert("PA"), {"file_format": "TIFF"}, (77, 77, 77)),
+            (Image.new("RGB", (9, 9), (10, 20, 30)), {"file_format": "JPEG2000", "irreversible": False}, (10, 20, 30)),
             (Image.new("CMYK", (9, 9), (255, 0, 0, 0)), {"file_format": "TIFF"}, (0, 255, 255)),
             (Image.new("CMYK", (9, 9), (0, 0, 0, 128)), {"file_format": "JPEG", "quality": 100}, (127, 127, 127)),
             (Image.new("L", (9, 9), 77), {"file_format": "JPEG", "quality": 100}, (77, 77, 77)),
@@ -100,6 +117,41 @@ class TestCrop:
         assert actual.shape == (4, 4, 3)
         assert actual.dtype == np.uint8
         assert np.array_equal(actual, np.broadcast_to(np.array(expected), (4, 4, 3)))
+
+    @pytest.mark.parametrize(("value", "expected"), [(4095, 255), (2048, 128), (0, 0)])
+    def test_12_bits_of_a_tiff(self, value: int, expected: int):
+        assert np.array_equal(crop(tiff_of_12_bits(value), 4, centre_box), np.full((4, 4, 3), expected))
+
+    def test_lab(self):
+        colour = crop(encoded(Image.new("LAB", (9, 9), (136, 209, 195)), "TIFF"), 4, centre_box)
+        # L* 53.3, a* 81, b* 67 is a red; what is left is of the 8 bits of each and of the white point.
+        assert np.abs(colour.astype(int) - [255, 0, 0]).max() <= 12
+
+    def test_premultiplied_grey(self):
+        # Pillow does not write this mode: two samples a pixel, of which the second is alpha of the first.
+        data = encoded(Image.new("LA", (9, 9), (50, 85)), "TIFF")
+        unassociated, associated = (struct.pack("<HHIHH", 338, 3, 1, kind, 0) for kind in (2, 1))
+        assert data.count(unassociated) == 1
+        pixel = crop(data.replace(unassociated, associated), 4, centre_box)[0, 0]
+        assert np.array_equal(pixel, [150, 150, 150])
+
+    def test_16_bits_of_a_portable_map(self):
+        data = b"P5 2 2 1000 " + struct.pack(">4H", *[500] * 4)
+        assert np.array_equal(crop(data, 4, centre_box), np.full((4, 4, 3), 128))
+
+    @pytest.mark.parametrize(
+        ("mode", "pixels"),
+        [
+            ("F: floats of 32 bits from 0 to 1", np.eye(9, dtype=np.float32)),
+            ("F: floats of 32 bits from 0 to 65535", np.eye(9, dtype=np.float32) * 65535),
+            ("I: integers of 32 bits from 0 to 255", np.eye(9, dtype=np.int32) * 255),
+            (r"I: integers of 32 bits from -7 to 0", np.eye(9, dtype=np.int32) * -7),
+        ],
+    )
+    def test_unknown_range_is_refused_by_name(self, mode: str, pixels: np.ndarray):
+        data = encoded(Image.fromarray(pixels), "TIFF")
+        with pytest.raises(ValueError, match=rf"expected pixels of 8 or 16 bits, got mode {mode}, of which"):
+            crop(data, 4, centre_box)
 
     @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "TIFF"])
     @pytest.mark.parametrize(
@@ -125,11 +177,6 @@ class TestCrop:
         expected = np.asarray(Image.fromarray(upright[:, 8:40]).resize((16, 16), Image.Resampling.BICUBIC))
         # One level of rounding for the order of the two passes, two more for JPEG's own at quality 100.
         assert np.abs(actual - expected).max() <= (3 if file_format == "JPEG" else 1)
-
-    @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-    def test_broken_metadata_do_no_harm(self):
-        data = encoded(Image.new("RGB", (9, 9), (50, 50, 50)), "JPEG", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xffjunk")
-        assert np.array_equal(crop(data, 4, centre_box), np.full((4, 4, 3), 50))
 
     @pytest.mark.parametrize(("side", "reductions"), [(31, [1]), (32, [2]), (63, [2]), (64, [4]), (200, [8])])
     def test_large_jpeg_is_decoded_small_but_lands_alike(self, monkeypatch, side: int, reductions: list[int]):
@@ -166,6 +213,85 @@ class TestCrop:
         data = encoded(Image.open(io.BytesIO(PHOTOGRAPH)), file_format)
         with pytest.raises(OSError, match="truncated"):
             crop(data[: len(data) * 2 // 3], SIZE, centre_box)
+
+
+BOMB = zlib.compress(bytes(2**21))
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data", "ignore:Image appears to be a malformed MPO")
+class TestMetadata:
+    """What is wrong beside the pixels of an image does not make it unreadable."""
+
+    def image(self, file_format: str, **options) -> bytes:
+        exif = Image.Exif()
+        exif[0x0112] = 3
+        return encoded(gradient(12, 10), file_format, **{"exif": exif, **options})
+
+    @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP"])
+    def test_broken_exif(self, file_format: str):
+        broken = self.image(file_format, exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xffjunk")
+        plain = encoded(gradient(12, 10), file_format)
+        assert np.array_equal(crop(broken, SIZE, centre_box), crop(plain, SIZE, centre_box))
+
+    @pytest.mark.parametrize("place", ["before the pixels", "after the pixels", "after the pixels, cut off"])
+    @pytest.mark.parametrize(
+        "chunk",
+        [
+            png_chunk(b"zTXt", b"key\0\0" + BOMB),
+            png_chunk(b"iTXt", b"key\0\1\0\0\0" + BOMB),
+            png_chunk(b"iCCP", b"profile\0\0" + BOMB),
+            png_chunk(b"iCCP", b"p\0\7unknown method"),
+            png_chunk(b"iCCP", b"p\0\0no profile"),
+            png_chunk(b"pHYs", b"\0"),
+            png_chunk(b"acTL", b"\0"),
+            png_chunk(b"tRNS", b"\0"),
+            png_chunk(b"tEXt", b"key\0value")[:-1] + b"?",  # Its check sum is another.
+            png_chunk(b"tEXt", b"key\0" + bytes(2**26 + 1)),
+            png_chunk(b"a?1!", b"no such chunk"),
+        ],
+        ids=lambda chunk: f"{chunk[4:8]}{len(chunk)}",
+    )
+    def test_png_chunks(self, chunk: bytes, place: str):
+        data = self.image("PNG")
+        split = 33 if place.startswith("before") else -12
+        added = data[:split] + chunk + ("cut off" not in place) * data[split:]
+        added = added[: -len(chunk) // 2] if "cut off" in place else added
+        assert np.array_equal(crop(added, SIZE, centre_box), crop(data, SIZE, centre_box))
+
+    @pytest.mark.parametrize(
+        ("marker", "body"),
+        [
+            (0xE0, b"JFIF"),
+            (0xE2, b"ICC_PROFILE\0"),
+            (0xEE, b"Adobe"),
+            (0xED, b"Photoshop 3.0\x008BIM\x04\x04"),
+            (0xE2, b"MPF\0?"),
+        ],
+    )
+    def test_jpeg_segments(self, marker: int, body: bytes):
+        data = self.image("JPEG", quality=95)
+        segment = bytes([0xFF, marker]) + struct.pack(">H", len(body) + 2) + body
+        assert np.array_equal(crop(data[:2] + segment + data[2:], SIZE, centre_box), crop(data, SIZE, centre_box))
+
+    def test_jpeg_keeps_what_its_colours_mean(self):
+        data = encoded(Image.new("CMYK", (9, 9), (0, 0, 0, 128)), "JPEG", quality=100)
+        assert b"Adobe" in data
+        broken = data[:2] + b"\xff\xe2\x00\x0eICC_PROFILE\0" + data[2:]
+        assert np.array_equal(crop(broken, 4, centre_box), np.full((4, 4, 3), 127))
+
+    @pytest.mark.parametrize("file_format", ["PNG", "JPEG"])
+    def test_pixels_that_are_cut_off_or_broken_stay_unreadable(self, file_format: str):
+        data = encoded(Image.open(io.BytesIO(PHOTOGRAPH)).resize((60, 70)), file_format)
+        bad = png_chunk(b"zTXt", b"k\0\0" + BOMB) if file_format == "PNG" else b"\xff\xe0\x00\x06JFIF"
+        at = 33 if file_format == "PNG" else 2
+        broken = data[:at] + bad + data[at : len(data) * 2 // 3]
+        with pytest.raises(OSError, match="truncated"):
+            crop(broken, SIZE, centre_box)
+
+    def test_what_is_no_image_is_refused_as_before(self):
+        for data in (b"", b"text", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"\xff\xd8\xff\xe0\x00"):
+            with pytest.raises(OSError, match="cannot identify image file"):
+                crop(data, SIZE, centre_box)
 
 
 class TestRandomBox:

@@ -24,6 +24,7 @@ from capi.config import Config
 from capi.crops import crop, random_box
 from capi.data import Batch, ImageStream, evaluation_images
 from capi.masking import Masks, sample_masks
+from capi.permutation import Permutation
 from capi.seeding import Purpose, generator
 from capi.sources import Cursor, ShardReader, SourceError, open_source
 from capi.synthetic import SyntheticScenes
@@ -288,7 +289,8 @@ class TestDeterminism:
         config.data.crop_scale = (0.2, 0.9)
         source = open_source(config)
         for epoch, batch in enumerate(take(config, 2)):
-            order = generator(Purpose.ORDER, 5, epoch).permutation(13)
+            permutation = Permutation(generator(Purpose.ORDER, 5, epoch), 13)
+            order = [permutation[i] for i in range(13)]
             for image, index in zip(batch.images, order, strict=True):
                 rng = generator(Purpose.CROP, 5, epoch, int(index))
                 name = source.name(int(index))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import fsspec
@@ -21,7 +22,8 @@ from PIL import Image
 
 from capi.config import Config
 from capi.data import ImageStream, evaluation_images
-from capi.retry import persistent
+from capi.listing import IMAGE_EXTENSIONS, _image_extensions
+from capi.retry import PersistentFile, persistent
 from capi.shards import HubShards
 from capi.sources import Cursor, IndexedSource, ShardedSource, ShardReader, SourceError, open_source
 
@@ -107,7 +109,7 @@ class TestFingerprint:
         elif change == "removed":
             path.unlink()
         elif change == "renamed":
-            path.rename(path.with_stem(f"{path.stem}0"))
+            path.rename(path.with_stem(f"{path.stem[:-1]}7"))
         elif path.suffix == ".parquet":
             parquet(path, [7, 8])
         else:
@@ -409,6 +411,22 @@ class TestBrokenConnection:
         assert self.numbers(source) == list(range(10))
         assert len(n_starts) == 4
 
+    def test_file_that_ends_early_is_read_on(self, monkeypatch):
+        data, n_opened = bytes(range(200)), []
+
+        class File(io.BytesIO):
+            size = len(data)
+
+        class System:
+            def open(self, path: str, mode: str) -> File:
+                n_opened.append(path)
+                return File(data if len(n_opened) > 2 else data[:100])
+
+        monkeypatch.setattr(fsspec, "url_to_fs", lambda url: (System(), url))
+        file = PersistentFile("somewhere://0.tar")
+        assert b"".join(iter(lambda: file.read(60), b"")) == data
+        assert len(n_opened) == 3
+
     def test_missing_file_is_not_tried_again(self, tmp_path: Path, caplog):
         (tmp_path / "0.png").symlink_to(tmp_path / "nowhere")
         with pytest.raises(FileNotFoundError):
@@ -450,3 +468,199 @@ class TestFolderListing:
         monkeypatch.setattr(os, "scandir", refusing)
         assert len(opened(f"folder:{tmp_path}")) == 1
         assert f"left out the folder {tmp_path}/closed/: Permission denied" in caplog.text
+
+    def test_loader_processes_share_the_names(self, tmp_path: Path):
+        for i in range(30):
+            (tmp_path / f"{'a' * 200}{i:02d}.png").write_bytes(b"")
+        (tmp_path / "b.png").write_bytes(b"")
+        source = opened(f"folder:{tmp_path}")
+        # No name is padded to the longest.
+        assert source._names.nbytes == 30 * 206 + 5
+        # A process that is spawned gets a handle, not a copy.
+        assert len(ForkingPickler.dumps(source)) < 2000
+        assert source._names.is_shared() and source._ends.is_shared()
+        assert source.name(30) == str(tmp_path / "b.png")
+
+
+class TestFormats:
+    """Whatever the installed Pillow decodes is an image."""
+
+    WRITTEN = "apng avif bmp dds dib gif icns ico j2k jfif jp2 jpg mpo pcx png pnm qoi sgi tga tif webp"
+
+    @pytest.fixture
+    def images(self) -> dict[str, bytes]:
+        files = {}
+        for i, extension in enumerate(self.WRITTEN.split()):
+            file = io.BytesIO()
+            Image.new("RGB", (32, 32), (10 * i, 50, 50)).save(file, Image.registered_extensions()[f".{extension}"])
+            files[f"{i:02d}.{extension if i % 2 else extension.upper()}"] = file.getvalue()
+        return files
+
+    @pytest.mark.parametrize("kind", ["folder", "wds"])
+    def test_are_found_and_read(self, tmp_path: Path, images: dict[str, bytes], kind: str):
+        others = dict.fromkeys(("a.txt", "b.mp4", "c.json", "d.npy", "e.pdf", "png", "f.svg"), b"no image")
+        if kind == "wds":
+            (tmp_path / "0.tar").write_bytes(tar_of(images | others))
+            source = f"wds:{tmp_path}/0.tar"
+        else:
+            for name, data in (images | others).items():
+                (tmp_path / name).write_bytes(data)
+            source = f"folder:{tmp_path}"
+            assert len(opened(source)) == len(images)
+        reds = evaluation_images(make_config(source), len(images))[:, 0, 0, 0].tolist()
+        assert all(abs(red - 10 * i) <= 8 for i, red in enumerate(reds))
+
+    @pytest.mark.parametrize("extension", ["ps", "eps", "mpg", "h5", "grib", "wmf"])
+    def test_leave_out_what_pillow_cannot_decode_itself(self, tmp_path: Path, extension: str):
+        (tmp_path / f"0.{extension}").write_bytes(b"")
+        with pytest.raises(SourceError, match="expected images of a format that Pillow reads, found none"):
+            opened(f"folder:{tmp_path}")
+
+    def test_include_those_of_plugins(self, monkeypatch):
+        monkeypatch.setitem(Image.OPEN, "NEW", (None, None))
+        monkeypatch.setitem(Image.EXTENSION, ".new", "NEW")
+        assert _image_extensions() - IMAGE_EXTENSIONS == {"new"}
+
+
+class TestStartUp:
+    @pytest.fixture(autouse=True)
+    def listen(self, caplog):
+        caplog.set_level("INFO")
+
+    def images(self, place: Path, n: int) -> None:
+        place.mkdir(exist_ok=True)
+        for i in range(n):
+            (place / f"{i}.png").write_bytes(encoded(i))
+
+    @pytest.mark.parametrize(("n", "warns"), [(3, True), (4, False)])
+    def test_says_how_many_images_a_folder_has(self, tmp_path: Path, caplog, n: int, warns: bool):
+        self.images(tmp_path / "a", n)
+        config = make_config(f"folder:{tmp_path / 'a'}")
+        ImageStream(config)
+        assert f"folder:{tmp_path / 'a'}: {n} images" in caplog.text
+        assert ("fewer images than optim.batch_size, 4" in caplog.text) == warns
+        caplog.clear()
+        ImageStream(config, rank=1, world_size=2)
+        assert not caplog.records
+
+    @pytest.mark.parametrize(("n", "warns"), [(1, True), (3, True), (4, False), (6, False)])
+    @pytest.mark.parametrize("num_workers", [0, 2])
+    def test_says_how_many_shards_a_stream_has(self, tmp_path: Path, caplog, n: int, warns: bool, num_workers: int):
+        for shard in range(2):
+            members = {f"{i}.png": encoded(i) for i in range(n) if i % 2 == shard}
+            (tmp_path / f"{shard}.tar").write_bytes(tar_of(members))
+        config = make_config(f"wds:{tmp_path}/*.tar", num_workers=num_workers)
+        config.run.micro_batch_size = 2
+        list(islice(ImageStream(config), 12))
+        assert f"wds:{tmp_path}/*.tar: 2 shards" in caplog.text
+        assert caplog.text.count("fewer images than optim.batch_size, 4") == warns
+
+
+class TestMemberNames:
+    """WebDataset's rule: what stands before the first dot names a sample, what follows is the extension."""
+
+    def taken(self, tmp_path: Path, image_key: str, *names: str) -> list[str]:
+        (tmp_path / "0.tar").write_bytes(tar_of({name: encoded(1) for name in names}))
+        shard = opened(f"wds:{tmp_path}/0.tar", image_key=image_key).shard(0)
+        return [name.removeprefix(f"{tmp_path}/0.tar:") for name, _ in shard]
+
+    @pytest.mark.parametrize(
+        ("image_key", "expected"),
+        [
+            ("auto", ["a.jpg", "d/a.PNG"]),
+            ("jpg", ["a.jpg"]),
+            (".JPG", ["a.jpg"]),
+            ("left.jpg", ["a.left.jpg", "b.LEFT.jpg"]),
+            ("*.jpg", ["a.left.jpg", "b.LEFT.jpg", "b.right.jpg", "IMG_2021.05.01.jpg"]),
+            ("*jpg", ["a.jpg", "a.left.jpg", "b.LEFT.jpg", "b.right.jpg", "IMG_2021.05.01.jpg"]),
+        ],
+    )
+    def test_key_picks_members(self, tmp_path: Path, image_key: str, expected: list[str]):
+        names = (
+            "a.jpg",
+            "a.json",
+            "a.left.jpg",
+            "b.LEFT.jpg",
+            "b.right.jpg",
+            "IMG_2021.05.01.jpg",
+            "d/a.PNG",
+            ".h.jpg",
+        )
+        taken = self.taken(tmp_path, image_key, *names)
+        assert [name for name in taken if not name.startswith("members of")] == expected
+
+    @pytest.mark.parametrize(
+        "names",
+        [
+            ("a.jpg", "a.seg.png"),
+            ("a.seg.png", "a.jpg"),
+            ("d.e/a.jpg",),
+            ("a.v2.json", "a.jpg"),
+            ("._a.b.jpg", "c.jpg"),
+        ],
+    )
+    def test_companions_of_an_image_are_not_missed(self, tmp_path: Path, names: tuple[str, ...]):
+        assert len(self.taken(tmp_path, "auto", *names)) == 1
+
+    @pytest.mark.parametrize("image_key", ["auto", "jpg"])
+    def test_what_is_left_out_is_counted_and_said_once(self, tmp_path: Path, caplog, image_key: str):
+        for shard in range(2):
+            names = ["plain.jpg", "plain.seg.jpg", *(f"track v2.{i}.jpg" for i in range(8)), "x/y.2.jpg"]
+            (tmp_path / f"{shard}.tar").write_bytes(tar_of(dict.fromkeys(names, encoded(shard))))
+        config = make_config(f"wds:{tmp_path}/*.tar", image_key=image_key)
+        list(islice(ImageStream(config), 6))
+        said = [record.getMessage() for record in caplog.records if "WebDataset" in record.getMessage()]
+        assert len(said) == 1
+        assert "9 of 10 images of" in said[0]
+        assert "such as track v2.0.jpg, whose extension is 0.jpg" in said[0]
+        assert "data.image_key '*jpg' takes them" in said[0]
+        assert len({*self.taken(tmp_path, "*jpg", *names)}) == len(names)
+
+    def test_shard_of_such_names_alone_says_so(self, tmp_path: Path):
+        (tmp_path / "0.tar").write_bytes(tar_of({f"IMG_2021.05.{i:02d}.jpg": encoded(i) for i in range(8)}))
+        with pytest.raises(SourceError, match=r"8 of 8 images of .*0\.tar, such as IMG_2021\.05\.00\.jpg"):
+            next(iter(ImageStream(make_config(f"wds:{tmp_path}/0.tar"))))
+
+    def test_key_that_takes_all_is_named(self, tmp_path: Path):
+        (tmp_path / "0.tar").write_bytes(tar_of({f"{i}.rgb.jpg": encoded(i) for i in range(3)}))
+        with pytest.raises(SourceError, match=r"data\.image_key 'rgb\.jpg' takes them"):
+            next(iter(ImageStream(make_config(f"wds:{tmp_path}/0.tar"))))
+
+    def test_wildcards_in_a_path_that_exists_are_taken_as_they_are(self, tmp_path: Path):
+        (tmp_path / "[raw] run").mkdir()
+        (tmp_path / "[raw] run" / "0.tar").write_bytes(tar_of({"0.png": encoded(5)}))
+        assert opened(f"wds:{tmp_path}/[raw] run/0.tar").n_shards == 1
+
+
+class TestConfigurations:
+    @pytest.fixture
+    def place(self, tmp_path: Path) -> Path:
+        pytest.importorskip("datasets")
+        place, header = tmp_path / "two", "---\nconfigs:\n"
+        for i, name in enumerate(("full", "small")):
+            parquet(place / name / "train.parquet", [i])
+            header += f"- config_name: {name}\n  data_files: {name}/*.parquet\n"
+        (place / "README.md").write_text(f"{header}---\n")
+        return place
+
+    def test_is_named_after_the_data_set(self, place: Path):
+        full, small = opened(f"hf:{place}:full"), opened(f"hf:{place}:small")
+        assert [number(read()) for source in (full, small) for _, read in source.shard(0)] == [0, 1]
+
+    @pytest.mark.parametrize(("suffix", "got"), [("", "none"), (":large", "large")])
+    def test_must_be_one_of_those_there_are(self, place: Path, suffix: str, got: str):
+        message = (
+            rf"^hf:{place}{suffix}: expected hf:NAME:CONFIGURATION with one of the .* \['full', 'small'\], got {got}$"
+        )
+        with pytest.raises(SourceError, match=message):
+            opened(f"hf:{place}{suffix}")
+
+    def test_colon_in_a_local_path(self, place: Path):
+        other = place.rename(place.with_name("two:full"))
+        assert opened(f"hf:{other}:small").n_shards == 1
+        parquet(other.with_name("one:x") / "train.parquet", [3])
+        assert opened(f"hf:{other.with_name('one:x')}").n_shards == 1
+
+    def test_missing_split_is_said_on_one_line(self, place: Path):
+        with pytest.raises(SourceError, match=r"split test cannot be loaded: ValueError: Bad split: test\."):
+            opened(f"hf:{place}:full", hf_split="test")

@@ -273,7 +273,7 @@ def test_wrong_inputs_stop_with_a_message(arguments, options, message, capsys) -
 def test_a_missing_extra_is_named(arguments, capsys, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert main([*arguments, "--data.source", "hf:anything"]) == 1
-    assert "error: hf:anything needs Hugging Face datasets: pip install capi[data]" in capsys.readouterr().err
+    assert "error: hf:anything needs Hugging Face datasets: pip install '.[data]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("micro_batch_size", ["null", "2"])
