@@ -47,7 +47,7 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "data": ["datasets", "braceexpand"],
+        "data": ["braceexpand", "datasets", "fsspec[http]"],
         "bench": ["beartype", "pytest", "pytest-benchmark", "torchvision", "xformers"],
         # Triton's interpreter runs the kernels in the tests of a machine without a GPU; it is not on every platform.
         "dev": ["beartype", "pytest", "pytest-benchmark", "pytest-xdist", "ruff", 'triton; platform_system == "Linux"'],

@@ -58,7 +58,7 @@ class DataConfig:
     """Where images come from and how they are cropped."""
 
     source: str | None = None
-    """synthetic, folder:PATH, hf:NAME (a Hugging Face data set, streamed) or wds:PATTERN (.tar shards)."""
+    """synthetic, folder:PATH, hf:NAME[:CONFIGURATION] (Hugging Face, streamed) or wds:PATTERN (.tar shards)."""
     image_size: int = 224
     """Side of a training crop in pixels; must divide by the patch size."""
     crop_scale: tuple[float, float] = (0.6, 1.0)
@@ -67,10 +67,14 @@ class DataConfig:
     """Flip half of the crops left to right."""
     num_workers: int = 8
     """Loader processes per rank; 0 loads in the training process."""
+    read_timeout: float = 60.0
+    """Seconds after which the read of a file is given up; it then counts as unreadable."""
     hf_split: str = "train"
     """Split of a Hugging Face data set."""
     image_key: str = "auto"
-    """Column (hf; auto is "image") or file extension (wds; auto is any image extension) that holds the image."""
+    """Column (hf; auto is "image") or file extension (wds; from the first dot on; auto is any image's) of the images.
+
+    An extension may have dots and wildcards: left.jpg, *jpg."""
     shuffle_buffer: int = 10000
     """Samples that a streamed source shuffles among."""
     synthetic_size: int = 8192
@@ -144,15 +148,18 @@ class RunConfig:
     """Where and how a run executes; should not change its results beyond rounding."""
 
     output_dir: str = "runs/capi"
-    """Run folder: configuration, metrics, checkpoints, encoder, pictures."""
+    """Run folder: configuration, metrics, checkpoints, encoder, pictures. One process uses it: of several, rank 0."""
     resume: bool = True
-    """Go on from the newest checkpoint of the run folder, if there is one."""
+    """Go on from the newest checkpoint of the run folder, if there is one; off moves what is there to DIR.1 (or .2 ...)
+    and starts anew."""
+    allow_changes: list[str] = field(default_factory=list)
+    """Fields, such as [optim.steps, data.source], that may have other values than the run that is gone on with."""
     seed: int = 0
     """Seeds initialisation, data order, crops, masks and drop-path."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes the GPU where there is one."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Compute type; weights stay fp32. auto is bf16 on a GPU that has it, else fp32."""
+    """Compute type; weights stay fp32. auto is bf16 on a GPU that has it, else fp32. A run keeps what it began with."""
     micro_batch_size: int | None = None
     """Most images of a rank that pass through the model at a time; None takes all of them. Fewer need less memory:
     Sinkhorn still balances the whole batch, and gradients are accumulated."""
@@ -168,9 +175,11 @@ class RunConfig:
     keep_checkpoints: int = 3
     """Checkpoints that are kept."""
     max_nan_steps: int = 3
-    """Consecutive steps with a non-finite loss after which the run stops."""
+    """Consecutive steps with a loss or gradient that is not finite after which the run stops."""
+    stop_timeout: float = 15.0
+    """Seconds that a stop signal waits for the end of the step; then the run leaves with the last whole one saved."""
     evaluate: bool = True
-    """Finish with k-NN evaluations (on the held-out synthetic scenes) and pictures."""
+    """Draw pictures at every checkpoint, and finish with k-NN evaluations (on the held-out synthetic scenes)."""
 
 
 @dataclass
@@ -353,6 +362,8 @@ def check_config(config: Config, world_size: int = 1) -> None:
     for name in ("log_every", "checkpoint_every", "keep_checkpoints", "max_nan_steps"):
         if getattr(config.run, name) < 1:
             raise ValueError(f"run.{name} must be at least 1, got {getattr(config.run, name)}")
+    if not config.run.stop_timeout >= 0:
+        raise ValueError(f"run.stop_timeout must not be negative, got {config.run.stop_timeout}")
     for name in ("target_temperature", "prediction_temperature", "student_temperature"):
         if not getattr(config.clustering, name) > 0:
             raise ValueError(f"clustering.{name} must be positive, got {getattr(config.clustering, name)}")

@@ -1,30 +1,29 @@
 """Batches of cropped images and their masks: the same bits for any number of loader processes, resumable."""
 
-import io
 import logging
-import math
-import multiprocessing
 import os
-import signal
-import threading
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import chain, count, cycle, islice
+from functools import lru_cache, partial
+from itertools import chain, count, cycle, islice, repeat
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
 from numpy import ndarray
-from PIL import Image
 from torch import Tensor
-from torch.nn.functional import interpolate
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from capi.config import Config, micro_batch_size
+from capi.crops import Encoded, centre_box, crop, random_box
+from capi.loader import affordable_prefetch, loaded, share
 from capi.masking import Masks, sample_masks
+from capi.permutation import Permutation
+from capi.reading import Reads, never
+from capi.retry import attempt, reason
 from capi.seeding import Purpose, generator
 from capi.sources import (
     Cursor,
@@ -32,101 +31,15 @@ from capi.sources import (
     ShardedSource,
     ShardReader,
     SourceError,
-    attempt,
+    SyntheticImages,
     in_order,
     open_source,
 )
 
 logger = logging.getLogger(__name__)
 
-_MAX_ASPECT = 4 / 3
-# A JPEG may be decoded at 1/2, 1/4 or 1/8 while the crop stays this many times larger than the output.
-_REDUCING_GAP = 2
-# What the EXIF orientation asks for: whether to swap rows and columns, and which of the two to reverse then.
-_UPRIGHT = {
-    2: (False, (1,)),
-    3: (False, (0, 1)),
-    4: (False, (0,)),
-    5: (True, ()),
-    6: (True, (1,)),
-    7: (True, (0, 1)),
-    8: (True, (0,)),
-}
-
-Box = tuple[int, int, int, int]  # left, top, width, height
-Encoded = bytes | ndarray | Exception
-
-
-def random_box(width: int, height: int, scale: tuple[float, float], rng: np.random.Generator) -> Box:
-    """The box of a RandomResizedCrop: its share of the area uniform in `scale`, its aspect log-uniform in [3/4, 4/3].
-
-    After 10 draws that do not fit, the largest centred box of an admitted aspect (as torchvision's).
-    """
-    for _ in range(10):
-        area = width * height * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(-math.log(_MAX_ASPECT), math.log(_MAX_ASPECT)))
-        box_width, box_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < box_width <= width and 0 < box_height <= height:
-            left, top = rng.integers(width - box_width + 1), rng.integers(height - box_height + 1)
-            return int(left), int(top), box_width, box_height
-    box_width, box_height = min(width, round(height * _MAX_ASPECT)), min(height, round(width * _MAX_ASPECT))
-    return (width - box_width) // 2, (height - box_height) // 2, box_width, box_height
-
-
-def centre_box(width: int, height: int) -> Box:
-    """The largest centred square."""
-    side = min(width, height)
-    return (width - side) // 2, (height - side) // 2, side, side
-
-
-def crop(data: Encoded, size: int, choose_box: Callable[[int, int], Box]) -> UInt8[ndarray, "size size 3"]:
-    """The box that `choose_box(width, height)` picks, upright and as RGB, resized to `size` by bicubic interpolation.
-
-    `data` is an encoded image, or uint8 pixels; an exception in its place is raised. Alpha is dropped, as PIL's
-    `convert("RGB")` does; 16-bit grey is scaled to 8 bits. The result is within two grey levels of Pillow's crop
-    and bicubic resize, rows first, but where a large JPEG is decoded small: there the box is rounded to whole pixels of
-    what is decoded, which moves an edge by a quarter of an output pixel at most. Raises whatever Pillow raises on
-    broken data.
-    """
-    if isinstance(data, Exception):
-        raise data
-    if isinstance(data, ndarray):
-        left, top, width, height = choose_box(data.shape[1], data.shape[0])
-        return _resized(data[top : top + height, left : left + width].copy(), size).numpy()
-    image = Image.open(io.BytesIO(data))
-    reducible = image.format in ("JPEG", "MPO")
-    if not reducible:
-        image.load()  # Only then has a TIFF its upright size.
-    # The box is drawn on the image as stored: the law of the crop is the same under all eight orientations, and
-    # turning the small result is cheap.
-    left, top, width, height = choose_box(*image.size)
-    reduction = 1
-    if reducible:
-        while reduction < 8 and min(width, height) >= 2 * reduction * _REDUCING_GAP * size:
-            reduction *= 2
-        image.draft(None, (image.width // reduction, image.height // reduction))
-    box = [round(edge / reduction) for edge in (left, top, left + width, top + height)]
-    resized = _resized(np.array(_to_rgb(image.crop(box))), size)
-    swap, reverse = _UPRIGHT.get(_orientation(image), (False, ()))
-    return (resized.transpose(0, 1) if swap else resized).flip(reverse).numpy()
-
-
-def _resized(pixels: UInt8[ndarray, "height width 3"], size: int) -> UInt8[Tensor, "size size 3"]:
-    """In a fraction of the time that Pillow's own resize takes."""
-    planes = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    return interpolate(planes, (size, size), mode="bicubic", antialias=True)[0].permute(1, 2, 0)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        # 16-bit grey, which convert() would clip at 255.
-        image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _orientation(image: Image.Image) -> int | None:
-    exif = attempt(image.getexif)  # Broken metadata do not make an image unreadable.
-    return None if isinstance(exif, Exception) else exif.get(0x0112)
+_MAX_REASONS = 3
+_FEWER_THAN_A_BATCH = "%s has fewer images than optim.batch_size, %d: a step shows some of them more than once"
 
 
 @dataclass
@@ -141,6 +54,11 @@ class Batch:
     def pin_memory(self) -> "Batch":
         return Batch(self.images.pin_memory(), self.masks.pin_memory(), self.skipped)
 
+    def share_memory(self) -> "Batch":
+        """Itself, moved to where other processes read it; LoaderError where that has no room."""
+        share([self.images, self.masks.visible_indices, self.masks.predict_indices])
+        return self
+
 
 class _Delivery(NamedTuple):
     """What a loader process sends: a batch, why files were skipped, and where its stream now stands."""
@@ -154,7 +72,7 @@ class ImageStream:
     """Endless micro-batches of images with their masks, for one rank; `micro_batches_per_step` in a row make a step.
 
     Folders and synthetic scenes: image i of micro-batch j of a step is sample g = step * batch_size + rank * local
-    batch + j * micro-batch + i of the run, which is image permutation(seed, g // n)[g % n] of n. So neither ranks nor
+    batch + j * micro-batch + i of the run, which is image Permutation(seed, g // n)[g % n] of n. So neither ranks nor
     loader processes nor micro-batches change what a step sees, and a step number is all that resuming takes. An
     unreadable file is replaced by the next readable one of the listing.
 
@@ -172,8 +90,10 @@ class ImageStream:
 
     Raises:
         ValueError: batch_size does not divide by world_size, or a rank's share of it by the micro-batch size, or the
-            source's name is of no known form.
+            source's name is of no known form, or data.read_timeout is not positive.
         SourceError: the source is missing, empty or (from the iterator) has no readable image.
+        LoaderError: shared memory does not hold a micro-batch, or (from the iterator) a loader process died.
+        TimeoutError: (from the iterator) reads did not return in time, eight in a row.
     """
 
     def __init__(
@@ -192,7 +112,15 @@ class ImageStream:
         local, micro = config.optim.batch_size // world_size, micro_batch_size(config, world_size)
         if micro < 1 or local % micro:
             raise ValueError(f"run.micro_batch_size must divide the {local} images of a rank, got {micro}")
+        if not config.data.read_timeout > 0:
+            raise ValueError(f"data.read_timeout must be positive, got {config.data.read_timeout}")
         self.micro_batches_per_step = local // micro
+        self._prefetch = affordable_prefetch(
+            3 * config.data.image_size**2 * micro,
+            config.data.num_workers,
+            self.micro_batches_per_step,  # On a CPU, those of the step that is computed.
+            min(world_size, int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
+        )
         self._config, self._rank, self._world_size = config, rank, world_size
         self._source = open_source(config)
         step = start_step if state is None else state["step"]
@@ -200,7 +128,6 @@ class ImageStream:
         self._skipped: set[str] = set()
         self._n_processes = max(config.data.num_workers, 1)
         self._layout = {
-            "source": config.data.source,
             "rank": rank,
             "world_size": world_size,
             "num_workers": self._n_processes,
@@ -208,9 +135,22 @@ class ImageStream:
             "shuffle_buffer": config.data.shuffle_buffer,
         }
         self._cursors: dict[int, Cursor] = {}
+        if rank == 0:
+            self._say_what_was_found()
         if isinstance(self._source, ShardedSource):
+            self._layout["content"] = self._source.fingerprint
             self._cursors = self._first_cursors(step, state)
+            self._epoch, self._is_small = min(cursor.epoch for cursor in self._cursors.values()), False
         self._note_step()
+
+    def _say_what_was_found(self) -> None:
+        source, batch_size = self._source, self._config.optim.batch_size
+        if isinstance(source, ShardedSource):
+            logger.info("%s: %d shards", source.source, source.n_shards)
+            return
+        logger.info("%s: %d images", source.source, len(source))
+        if len(source) < batch_size:
+            logger.warning(_FEWER_THAN_A_BATCH, source.source, batch_size)
 
     def _first_cursors(self, step: int, state: dict | None) -> dict[int, Cursor]:
         n_readers = self._world_size * self._n_processes
@@ -233,6 +173,14 @@ class ImageStream:
         return {process: Cursor(epoch) for process in range(self._n_processes)}
 
     @property
+    def fingerprint(self) -> str | None:
+        """What tells the source's files from others wherever they lie: number, names and sizes; None if unknown.
+
+        A folder asks its file system for every size, once: minutes for many millions of files.
+        """
+        return self._source.fingerprint
+
+    @property
     def n_skipped(self) -> int:
         """Distinct unreadable files met so far by this stream."""
         return len(self._skipped)
@@ -245,38 +193,49 @@ class ImageStream:
         cursors = {process: tuple(cursor) for process, cursor in self._cursors.items()}
         step = self._micro_batch // self.micro_batches_per_step
         self._state = {"step": step, "layout": self._layout, "cursors": cursors}
+        if cursors and self._rank == 0 and not self._is_small:
+            epoch = min(cursor[0] for cursor in cursors.values())
+            self._is_small = epoch > self._epoch + 1  # An epoch began and ended in this step.
+            self._epoch = epoch
+            if self._is_small:
+                logger.warning(_FEWER_THAN_A_BATCH, self._source.source, self._config.optim.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
+        return self.batches()
+
+    def batches(self, interrupted: Callable[[], bool] = never) -> Iterator[Batch]:
+        """As iterating, for a caller that may have to stop while it waits.
+
+        `interrupted()` is asked every second of waiting for a loader process or for a file, here, between two bytecodes
+        of whose code a signal handler may have run. If it says so, Interrupted is raised and the iterator is over;
+        `state_dict()` still says where the stream stood after the last whole step.
+        """
         config = self._config
-        batches = _Batches(config, self._source, self._rank, self._world_size, self._micro_batch, dict(self._cursors))
-        loader = DataLoader(
-            batches,
-            batch_size=None,
-            num_workers=config.data.num_workers,
-            collate_fn=_unchanged,
-            pin_memory=config.run.device != "cpu" and torch.cuda.is_available(),
-            worker_init_fn=_leave_signals_to_training,
-            generator=torch.Generator(),  # Else the loader would draw from the global one.
+        batches = _Batches(
+            *(config, self._source, self._rank, self._world_size, self._micro_batch, dict(self._cursors)),
+            never if config.data.num_workers else interrupted,
         )
-        with warnings.catch_warnings():
-            # Python 3.12 warns of threads at a fork; the processes use neither those threads nor the GPU.
-            warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
-            deliveries = iter(loader)
-        for delivery in deliveries:
-            if isinstance(delivery, SourceError):
-                break
-            for name, reason in delivery.reasons.items():
-                if name not in self._skipped:
-                    self._skipped.add(name)
-                    logger.warning("skipped unreadable image %s: %s", name, reason)
-            if delivery.cursor is not None:
-                self._cursors[self._micro_batch % self._n_processes] = Cursor(*delivery.cursor)
-            self._micro_batch += 1
-            if self._micro_batch % self.micro_batches_per_step == 0:
-                self._note_step()
-            yield delivery.batch
-        del deliveries  # Ends the loader processes: the traceback would keep them.
-        raise delivery
+        deliveries = loaded(
+            batches,
+            num_workers=config.data.num_workers,
+            prefetch_factor=self._prefetch,
+            pin_memory=config.run.device != "cpu" and torch.cuda.is_available(),
+            interrupted=interrupted,
+        )
+        with closing(deliveries):
+            for delivery in deliveries:
+                if isinstance(delivery, Exception):
+                    raise delivery
+                for name, why in delivery.reasons.items():
+                    if name not in self._skipped:
+                        self._skipped.add(name)
+                        logger.warning("skipped unreadable %s: %s", name, why)
+                if delivery.cursor is not None:
+                    self._cursors[self._micro_batch % self._n_processes] = Cursor(*delivery.cursor)
+                self._micro_batch += 1
+                if self._micro_batch % self.micro_batches_per_step == 0:
+                    self._note_step()
+                yield delivery.batch
 
 
 class _Batches(IterableDataset):
@@ -290,13 +249,14 @@ class _Batches(IterableDataset):
         world_size: int,
         micro_batch: int,
         cursors: dict[int, Cursor],
+        interrupted: Callable[[], bool],
     ):
         self._config, self._source, self._rank, self._world_size = config, source, rank, world_size
-        self._micro_batch, self._cursors = micro_batch, cursors
+        self._micro_batch, self._cursors, self._interrupted = micro_batch, cursors, interrupted
         self._n_images = micro_batch_size(config, world_size)
         self._reasons: dict[str, str] = {}
 
-    def __iter__(self) -> Iterator[_Delivery | SourceError]:
+    def __iter__(self) -> Iterator[_Delivery | SourceError | OSError]:
         worker = get_worker_info()
         process, n_processes = (worker.id, worker.num_workers) if worker else (0, 1)
         first = self._micro_batch + process
@@ -306,15 +266,17 @@ class _Batches(IterableDataset):
             samples = self._streamed(reader)
         else:
             samples = chain.from_iterable(self._indexed(number) for number in count(first, n_processes))
-        while True:
-            # A returned error, unlike a raised one, arrives without the traceback of a loader process.
-            try:
-                batch = self._next_batch(samples)
-            except SourceError as error:
-                yield error
-                return
-            reasons, self._reasons = self._reasons, {}
-            yield _Delivery(batch, reasons, reader.cursor if reader else None)
+        with closing(Reads(self._config.data.read_timeout, self._interrupted)) as self._reads:
+            while True:
+                try:
+                    batch = self._next_batch(samples)
+                    if worker is not None:
+                        batch = batch.share_memory()
+                except (SourceError, OSError) as error:
+                    # A returned error, unlike a raised one, arrives without the traceback of a loader process.
+                    yield from repeat(error)
+                reasons, self._reasons = self._reasons, {}
+                yield _Delivery(batch, reasons, reader.cursor if reader else None)
 
     def _next_batch(self, samples: Iterator[tuple[tuple[int, ...], ndarray]]) -> Batch:
         size, patch_size = self._config.data.image_size, self._config.model.patch_size
@@ -339,9 +301,11 @@ class _Batches(IterableDataset):
         first = step * batch_size + self._rank * local + place * self._n_images
         for sample in range(first, first + self._n_images):
             epoch = sample // n
-            index = int(_permutation(self._config.run.seed, epoch, n)[sample % n])
+            index = _permutation(self._config.run.seed, epoch, n)[sample % n]
             for candidate in chain(range(index, n), range(index)):
-                name, data = self._source.name(candidate), attempt(self._source.read, candidate)
+                name = self._source.name(candidate)
+                read = attempt if isinstance(self._source, SyntheticImages) else partial(self._reads, name)
+                data = read(self._source.read, candidate)
                 pixels = self._pixels((epoch, index), name, data)
                 if pixels is not None:
                     yield (epoch, index), pixels
@@ -382,7 +346,7 @@ class _Batches(IterableDataset):
         rng = self._rng(Purpose.CROP, key)
         pixels = attempt(crop, data, data_config.image_size, lambda w, h: random_box(w, h, data_config.crop_scale, rng))
         if isinstance(pixels, Exception):
-            self._reasons[name] = f"{type(pixels).__name__}: {pixels}"
+            self._reasons[name] = reason(pixels)
             return None
         # NumPy would reverse byte by byte.
         return torch.from_numpy(pixels).flip(1).numpy() if data_config.hflip and rng.random() < 0.5 else pixels
@@ -392,28 +356,8 @@ class _Batches(IterableDataset):
 
 
 @lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, n: int) -> ndarray:
-    return generator(Purpose.ORDER, seed, epoch).permutation(n)
-
-
-def _unchanged(delivery: _Delivery | SourceError) -> _Delivery | SourceError:
-    return delivery
-
-
-def _leave_signals_to_training(_: int) -> None:
-    """A signal that a terminal or a scheduler sends to every process must not end a loader before its last batch."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    if multiprocessing.get_start_method() != "spawn":  # Its full clean-up at exit does not bear a waiting thread.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_exit_when_parent_asks, daemon=True).start()
-
-
-def _exit_when_parent_asks() -> None:
-    # At its own exit the training process terminates its loaders by this very signal, and waits for them.
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
+def _permutation(seed: int, epoch: int, n: int) -> Permutation:
+    return Permutation(generator(Purpose.ORDER, seed, epoch), n)
 
 
 def evaluation_images(config: Config, n: int) -> UInt8[Tensor, "n 3 size size"]:
@@ -436,12 +380,15 @@ def _readable(
     source: IndexedSource | ShardedSource, size: int, start: int = 0
 ) -> Iterator[UInt8[ndarray, "size size 3"]]:
     """Centre crops of the readable images, in order, an indexed source's from `start`; SourceError if there is none."""
-    n_read, n_readable = 0, 0
-    for data in in_order(source, start):
+    n_read, found, reasons = 0, False, []
+    for name, data in in_order(source, start):
         pixels = attempt(crop, data, size, centre_box)
         n_read += 1
         if not isinstance(pixels, Exception):
-            n_readable += 1
+            found = True
             yield pixels
-    if not n_readable:
-        raise SourceError(f"{source.source}: expected images, found none readable among {n_read} (see data.image_key)")
+        elif len(reasons) < _MAX_REASONS:
+            reasons.append(f"{name}: {reason(pixels)}")
+    if not found:
+        why = "; ".join(reasons) or "see data.image_key"
+        raise SourceError(f"{source.source}: expected images, found none readable among {n_read} ({why})")

@@ -1,16 +1,29 @@
 """What a run measures: collapse of the assignments, work done, and the files it is written to."""
 
 import json
+import logging
 import math
+import os
 import re
+import socket
+import time
+from collections import deque
+from io import BytesIO
+from itertools import count
 from pathlib import Path
 
 import torch
 from jaxtyping import Int
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
+from capi.checkpoint import write_atomically
 from capi.config import Config
+from capi.distributed import gather_columns, world_size
+
+logger = logging.getLogger(__name__)
 
 # Dense bf16 FLOP/s with fp32 accumulation, from NVIDIA's data sheets; the first name found as whole words wins.
 _PEAK_FLOPS = {
@@ -78,29 +91,41 @@ def _mutual_information(
 
 
 class AssignmentStatistics:
-    """Counts which prototype the tokens at each position go to, from one `read` to the next."""
+    """Counts which prototype the tokens at each position go to, on all ranks, from one `read` to the next.
 
-    def __init__(self, n_positions: int, n_prototypes: int) -> None:
+    Of more than `max_tokens` tokens of all ranks together the newest are kept.
+    """
+
+    def __init__(self, n_positions: int, n_prototypes: int, *, max_tokens: int = 1 << 22) -> None:
         self.n_positions = n_positions
         self.n_prototypes = n_prototypes
-        self._positions: list[Tensor] = []
-        self._clusters: list[Tensor] = []
+        self._max_tokens = max_tokens
+        self._n_tokens = 0
+        self._tokens: deque[Tensor] = deque()  # int32 [2, tokens] of every update: positions, clusters
 
     def update(self, positions: Int[Tensor, "tokens"], clusters: Int[Tensor, "tokens"]) -> None:
-        """Adds tokens by position and argmax cluster; does not wait for the device."""
-        self._positions.append(positions.detach().to(torch.int32, copy=True))
-        self._clusters.append(clusters.detach().to(torch.int32, copy=True))
+        """Adds tokens of this rank by position and argmax cluster; does not wait for the device."""
+        self._tokens.append(torch.stack([positions.detach().int(), clusters.detach().int()]))
+        self._n_tokens += len(positions)
+        while self._n_tokens * world_size() > self._max_tokens and len(self._tokens) > 1:
+            self._n_tokens -= self._tokens.popleft().shape[1]
 
     def read(self) -> dict[str, int | float]:
-        """The statistics of the tokens added since the last read, which are then forgotten; {} if there are none.
+        """The statistics of all ranks' tokens since the last read, which are then forgotten; {} if there are none.
 
-        `positional_mi` and `positional_mi_floor` in nats, `dead_prototypes` the share of prototypes that none of the
-        `assigned_tokens` tokens went to (with fewer tokens than prototypes some must be dead).
+        All ranks must call it, and all but rank 0 get {}. `positional_mi` and `positional_mi_floor` in nats,
+        `dead_prototypes` the share of prototypes that none of the `assigned_tokens` tokens went to (with fewer tokens
+        than prototypes some must be dead).
         """
-        if not self._positions:
+        if not self._tokens:
             return {}
-        positions, clusters = torch.cat(self._positions), torch.cat(self._clusters)
-        self._positions, self._clusters = [], []
+        tokens = torch.cat(list(self._tokens), dim=1)
+        self._tokens.clear()
+        self._n_tokens = 0
+        gathered = gather_columns(tokens)
+        if gathered is None:
+            return {}
+        positions, clusters = gathered
         information, floor = positional_mutual_information(positions, clusters, self.n_positions, self.n_prototypes)
         return {
             "positional_mi": information,
@@ -113,7 +138,8 @@ class AssignmentStatistics:
 class MetricsWriter:
     """Writes `metrics.jsonl` (one object a line) and TensorBoard events into a run folder.
 
-    A run that resumes at `resume_step` first drops the lines of that step and later, and a torn last line.
+    A run that resumes at `resume_step` first drops the lines of that step and later, and a torn last line. What cannot
+    be written later on, of a full disk, is lost with a line in the log, and leaves nothing torn behind.
     """
 
     def __init__(self, run_dir: str | Path, resume_step: int = 0) -> None:
@@ -121,24 +147,57 @@ class MetricsWriter:
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / "metrics.jsonl"
         kept = [line for line in read_metrics(path) if line["step"] < resume_step] if path.exists() else []
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        partial.replace(path)
-        self._lines = path.open("a")
-        self._tensorboard = SummaryWriter(str(run_dir), purge_step=resume_step)
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        write_atomically(path, lambda file: file.write_text(text))
+        self._lines = _Appender(path)
+        # TensorBoard's own writer leaves it to a thread, which dies of a full disk with a traceback.
+        place = f"{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        self._events = _Appender(run_dir / f"events.out.tfevents.{place}.{next(_event_files)}")
+        restart = SessionLog(status=SessionLog.START)
+        self._add_events([Event(file_version="brain.Event:2"), Event(step=resume_step, session_log=restart)])
 
     def write(self, step: int, values: dict[str, int | float]) -> None:
-        """Appends one line and flushes it; a value that is not finite is written as null."""
+        """Appends one line; a value that is not finite is written as null."""
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
-        self._lines.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
-        self._lines.flush()
-        for key, value in values.items():
-            self._tensorboard.add_scalar(key, value, step)
+        line = json.dumps({"step": step, **finite}, allow_nan=False) + "\n"
+        scalars = [Summary.Value(tag=key, simple_value=value) for key, value in values.items()]
+        self._lines.append(line.encode())
+        self._add_events([Event(step=step, summary=Summary(value=scalars))])
+
+    def _add_events(self, events: list[Event]) -> None:
+        records = BytesIO()
+        for event in events:
+            event.wall_time = time.time()
+            RecordWriter(records).write(event.SerializeToString())
+        self._events.append(records.getvalue())
 
     def close(self) -> None:
         """Closes both files."""
         self._lines.close()
-        self._tensorboard.close()
+        self._events.close()
+
+
+_event_files = count()
+
+
+class _Appender:
+    """A file to which whole pieces are appended, or nothing of them."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("ab", buffering=0)
+
+    def append(self, piece: bytes) -> None:
+        size = self._file.tell()
+        rest = memoryview(piece)
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            logger.error("%s: what was measured now is lost: %s", self._file.name, error.strerror)
+            self._file.truncate(size)
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def read_metrics(path: str | Path) -> list[dict[str, int | float | None]]:

@@ -1,9 +1,11 @@
 """Schedules, AdamW parameter groups, and the exponential moving average."""
 
 import math
+from collections.abc import Iterable
 
 import torch
-from torch import nn
+from jaxtyping import Bool
+from torch import Tensor, nn
 
 from capi.config import OptimConfig, ScheduleConfig
 from capi.model import CAPI
@@ -61,6 +63,14 @@ def set_learning_rates(
         group["lr"] = lr * group["lr_multiplier"]
     for group in clustering.param_groups:
         group["lr"] = clustering_lr
+
+
+@torch.no_grad()
+def all_finite(tensors: Iterable[Tensor]) -> Bool[Tensor, ""]:
+    """Whether every value is, on the device: one pass over the tensors, which must be of one device and type."""
+    # Of the largest value: squares of values above 1e19 would overflow.
+    norms = torch._foreach_norm([x for x in tensors if x.numel()], torch.inf)
+    return torch.stack(norms).isfinite().all()
 
 
 @torch.no_grad()

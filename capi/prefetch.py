@@ -1,6 +1,7 @@
 """Steps of micro-batches on the device, copied there while the step before is computed."""
 
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from capi.data import ImageStream
 from capi.masking import Masks
+from capi.reading import never
 
 MicroBatch = tuple[UInt8[Tensor, "images 3 height width"], Masks]
 
@@ -23,12 +25,13 @@ class DevicePrefetcher:
     until the step before those two is computed. On a CPU, micro-batches are grouped, and nothing is copied or fetched
     ahead.
 
-    Use it as a context manager, or call `close()`: that ends the loader processes. Raises as ImageStream does.
+    Use it as a context manager, or call `close()`: that ends the loader processes. Raises as ImageStream does, and
+    Interrupted when `interrupted()`, asked every second of waiting for images, says so; `state_dict()` stays right.
     """
 
-    def __init__(self, stream: ImageStream, device: torch.device):
+    def __init__(self, stream: ImageStream, device: torch.device, interrupted: Callable[[], bool] = never):
         self._stream, self._device = stream, device
-        self._batches = iter(stream)
+        self._batches = stream.batches(interrupted)
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ahead: list[MicroBatch] = []  # Of the next step.
         self._computed: torch.cuda.Event | None = None  # All that was launched before the last step was yielded.

@@ -1,8 +1,9 @@
 """One training step: the losses of teacher and student, their backward passes, the three updates."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from threading import Lock
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -10,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from capi.config import Config
-from capi.distributed import World, average, average_gradients, mean_over_ranks
+from capi.distributed import GradientAverage, World, average, mean_over_ranks
 from capi.masking import Masks
 from capi.model import CAPI, target_entropy
-from capi.optim import build_optimizers, schedule_value, set_learning_rates, update_ema
+from capi.optim import all_finite, build_optimizers, schedule_value, set_learning_rates, update_ema
 from capi.seeding import Purpose, generator
 from capi.transformer import DropPath, cast_weights
 from capi_kernels import student_loss
@@ -44,6 +45,10 @@ class Trainer:
         self.optimizers = build_optimizers(self.model, config.optim)
         self.compute_dtype = _compute_dtype(config.run.precision, world.device)
         self.bad_steps = torch.zeros((), dtype=torch.int64, device=world.device)
+        self.steps_done: int | None = 0
+        """Steps that the state has taken, wholly; None where an update broke off."""
+        self.updating = Lock()
+        """Held while the state changes: who holds it finds it whole."""
         self.statistics = _target_statistics
         for backbone in (self.model.student.backbone, self.model.student_ema.backbone):
             for transformer in (backbone.encoder, backbone.decoder):
@@ -54,7 +59,7 @@ class Trainer:
             self.model.student_ema.compile_pointwise()
         self.student: nn.Module = self.model.student
         if world.size > 1:
-            self.student = DistributedDataParallel(self.student)
+            self.student = DistributedDataParallel(self.student, gradient_as_bucket_view=True)
 
     def step(
         self,
@@ -65,8 +70,8 @@ class Trainer:
         """Clustering loss of the whole batch and its backward, the student's of each micro-batch, the three updates.
 
         Sinkhorn balances over all micro-batches of all ranks; the student's targets are made anew of its potentials,
-        micro-batch by micro-batch. A step whose losses are not finite leaves student and clustering as they are.
-        `launched` is called each time that the work of a micro-batch is handed to the device.
+        micro-batch by micro-batch. A step in which a loss or a gradient is not finite, on any rank, leaves student and
+        clustering as they are. `launched` is called each time that the work of a micro-batch is handed to the device.
         """
         config, head = self.config, self.model.teacher["head"]
         lr, momentum, clustering_lr = (
@@ -75,14 +80,14 @@ class Trainer:
         )
         student_optimizer, clustering_optimizer = self.optimizers
         set_learning_rates(student_optimizer, clustering_optimizer, lr, clustering_lr)
-        student_optimizer.zero_grad()
+        student_optimizer.zero_grad(set_to_none=self.world.size == 1)  # else they stay parts of DDP's buckets
         clustering_optimizer.zero_grad()
 
         with cast_weights(self.model.student_ema, self.compute_dtype):
             features = self._teacher_features([images for images, _ in batches])
         clustering_loss, potentials = head(features)
         clustering_loss.backward()
-        average_gradients(head.parameters())
+        clustering_gradients = GradientAverage(head.parameters())
 
         drop_path = self._drop_path(step)
         # The ranks' gradients are averaged: with a range of mask ratios they predict different numbers of patches.
@@ -106,13 +111,19 @@ class Trainer:
                 launched()
         loss, entropy = torch.stack(losses).sum(), torch.stack(entropies).sum()
 
-        finite = torch.isfinite(average(loss + clustering_loss.detach()))
-        self.bad_steps = torch.where(finite, 0, self.bad_steps + 1)
-        for optimizer in self.optimizers:
-            optimizer.found_inf = 1 - finite.float()  # the fused kernels skip the update where it is 1
-        student_optimizer.step()
-        update_ema(self.model, momentum)
-        clustering_optimizer.step()
+        clustering_gradients.wait()
+        gradients = all_finite(p.grad for p in self.model.parameters() if p.grad is not None)
+        # Of any rank: one alone that skipped the update would train another model.
+        finite = average((loss + clustering_loss.detach()).where(gradients, torch.nan)).isfinite()
+        with self.updating:
+            self.steps_done = None
+            self.bad_steps = torch.where(finite, 0, self.bad_steps + 1)
+            for optimizer in self.optimizers:
+                optimizer.found_inf = 1 - finite.float()  # the fused kernels skip the update where it is 1
+            student_optimizer.step()
+            update_ema(self.model, momentum)
+            clustering_optimizer.step()
+            self.steps_done = step + 1
         return StepResult(
             loss=loss,
             clustering_loss=clustering_loss.detach(),
@@ -130,6 +141,13 @@ class Trainer:
             "student_optimizer": student.state_dict(),
             "clustering_optimizer": clustering.state_dict(),
         }
+
+    def not_finite(self) -> str | None:
+        """Which tensor of the state has values that are not finite, the first of them; waits for the device."""
+        tensors = dict(_named_tensors(self.state_dict()))
+        if all_finite(tensors.values()):
+            return None
+        return next(name for name, tensor in tensors.items() if not all_finite([tensor]))
 
     def load_state_dict(self, state: dict) -> None:
         self.model.load_state_dict(state["model"])
@@ -165,6 +183,14 @@ class Trainer:
         if rate == 0:
             return None
         return DropPath(rate, generator(Purpose.DROP_PATH, self.config.run.seed, step, self.world.rank))
+
+
+def _named_tensors(state: dict, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    for key, value in state.items():
+        if isinstance(value, dict):
+            yield from _named_tensors(value, f"{prefix}{key}.")
+        elif isinstance(value, Tensor):
+            yield f"{prefix}{key}", value
 
 
 def _target_statistics(targets: Float[Tensor, "predicted prototypes"]) -> tuple[Tensor, Tensor]:

@@ -4,92 +4,72 @@ import logging
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 
 import torch
-import yaml
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from capi.checkpoint import load_newest_checkpoint, newest_checkpoint, save_checkpoint, save_encoder
-from capi.config import Config, check_config, load_config, to_yaml
-from capi.data import ImageStream, evaluation_images
+from capi.checkpoint import newest_checkpoint, save_checkpoint, step_of
+from capi.config import Config, check_config, load_config
 from capi.distributed import World, any_rank, average, gather, join_world
-from capi.evaluate import evaluate_synthetic, format_table
 from capi.masking import check_masking
 from capi.metrics import AssignmentStatistics, MetricsWriter, entropy_floor, peak_flops, training_flop_per_image
-from capi.model import CAPI, normalize_images
 from capi.prefetch import DevicePrefetcher
+from capi.results import Results
+from capi.resume import Start, begin, described, run_folder, together
 from capi.step import StepResult, Trainer
-from capi.visualize import plot_curves, plot_pca_maps
+from capi.stopping import Stopped, StopRequest
 
 logger = logging.getLogger("capi")
 
 
 class Diverged(RuntimeError):
-    """The losses were not finite for too many steps in a row."""
+    """Losses or gradients were not finite for too many steps in a row, or the state itself is not finite any more."""
 
 
-class StopRequest:
-    """Notes SIGTERM, SIGUSR2 or a first Ctrl-C; a second Ctrl-C interrupts at once."""
-
-    def __init__(self):
-        self.signum: int | None = None
-        self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)}
-
-    def _note(self, signum: int, frame: FrameType | None) -> None:
-        if signum == signal.SIGINT and self.signum is not None:
-            raise KeyboardInterrupt
-        self.signum = signum
-
-    def restore(self) -> None:
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
-
-
-def train(config: Config, world: World) -> int:
+def train(config: Config, world: World, stop: StopRequest) -> int:
     """Runs or resumes a training in `config.run.output_dir`; returns the exit status.
 
     Raises:
-        ValueError: the configuration does not fit together, or the folder holds a run of another configuration.
-        Diverged: the losses were not finite for `config.run.max_nan_steps` steps in a row.
+        ValueError: the configuration does not fit together, or the folder is in use or holds a run of another
+            configuration.
+        OSError: the run folder cannot be read or written to. (Where a checkpoint cannot be written, the run goes on.)
+        Stopped: a signal ended the run where its ranks could not agree on a step.
+        Diverged: losses or gradients were not finite for `config.run.max_nan_steps` steps in a row, or weights or
+            optimiser states are not.
     """
+    together(lambda: _check(config, world))
+    run_dir = Path(config.run.output_dir)
+    with run_folder(run_dir, world) as folder:
+        trainer = Trainer(config, world)
+        start = begin(trainer, folder)
+        results = Results(trainer, run_dir)
+        if world.is_main:
+            _announce(config, trainer, start.step)
+        if start.stream is not None:
+            with logging_redirect_tqdm():  # a log line does not break the progress bar
+                signum = _run_steps(trainer, start, run_dir, results, stop)
+            if signum is not None:
+                return 128 + signum
+        return together(lambda: _finish(config, results, run_dir) if world.is_main else 0)
+
+
+def _check(config: Config, world: World) -> None:
     check_config(config, world.size)
     side = config.data.image_size // config.model.patch_size
     check_masking(config.masking, (side, side))
-    run_dir = Path(config.run.output_dir)
-    trainer = Trainer(config, world)
-    checkpoint = load_newest_checkpoint(run_dir) if config.run.resume else None
-    start = 0
-    if checkpoint is not None:
-        _check_same_run(config, checkpoint["config"], run_dir)
-        trainer.load_state_dict(checkpoint["trainer"])
-        start = checkpoint["step"]
-    if world.is_main:
-        _announce(config, trainer, start)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(to_yaml(config))
-    if start < config.optim.steps:
-        streams = checkpoint["streams"] if checkpoint else []
-        stream_state = streams[world.rank % len(streams)] if streams else None
-        with logging_redirect_tqdm():  # a log line does not break the progress bar
-            signum = _run_steps(trainer, start, stream_state, run_dir)
-        if signum is not None:
-            return 128 + signum
-    if world.is_main:
-        _finish(config, trainer, run_dir)
-    return 0
 
 
-def _run_steps(trainer: Trainer, start: int, stream_state: dict | None, run_dir: Path) -> int | None:
-    """Trains from step `start` to the end, or to a stop signal, which it returns."""
-    config, world = trainer.config, trainer.world
+def _run_steps(trainer: Trainer, begun: Start, run_dir: Path, results: Results, stop: StopRequest) -> int | None:
+    """Trains from the steps done to the end, or to a stop signal, which it returns."""
+    config, world, start = trainer.config, trainer.world, begun.step
     n_tokens = (config.data.image_size // config.model.patch_size) ** 2
-    stream = ImageStream(config, rank=world.rank, world_size=world.size, start_step=start, state=stream_state)
     statistics = AssignmentStatistics(n_tokens, config.clustering.n_prototypes)
     writer = MetricsWriter(run_dir, start) if world.is_main else None
-    stop = StopRequest()
+    checkpoints = _Checkpoints(trainer, begun, run_dir, results)
     bar = tqdm(
         total=config.optim.steps,
         initial=start,
@@ -99,21 +79,25 @@ def _run_steps(trainer: Trainer, start: int, stream_state: dict | None, run_dir:
         mininterval=0.2 if sys.stderr.isatty() else 10,  # a log file needs no animation
     )
     try:
-        with DevicePrefetcher(stream, world.device) as batches:
+        prefetcher = DevicePrefetcher(begun.stream, world.device)
+        with stop.deferred(), prefetcher as batches, checkpoints.saved_alone_by(stop, bar):
             rates = _Rates(config, world, batches)
             for step in range(start, config.optim.steps):
                 last = step + 1 == config.optim.steps
-                micro_batches = next(batches)
-                try:
-                    result = trainer.step(micro_batches, step, (lambda: None) if last else batches.prefetch)
-                except Exception as error:
-                    if stop.signum is None:
-                        raise
-                    # A Ctrl-C also ends the processes that compile for us.
+                checkpoints.streams = [batches.state_dict()]
+                with suppress(Stopped), stop.at_once():
+                    micro_batches = next(batches)
+                # Before the step is launched: a rank without data holds the others up where their state is whole.
+                if any_rank(stop.signum is not None):
+                    checkpoints.save(step)
                     bar.close()
-                    name = signal.Signals(stop.signum).name
-                    logger.warning("stopped by %s within step %d, which is lost (%s)", name, step, type(error).__name__)
-                    return stop.signum
+                    name = signal.Signals(stop.signum).name if stop.signum else "a signal on another rank"
+                    where = _goes_on_from(run_dir, step) if world.is_main else "there"
+                    logger.warning("stopped by %s after step %d; the same command goes on from %s", name, step, where)
+                    stop.kill_loaders()
+                    return stop.signum or signal.SIGTERM
+                checkpoints.streams.append(batches.state_dict())
+                result = trainer.step(micro_batches, step, (lambda: None) if last else batches.prefetch)
                 positions = torch.cat([masks.predict_indices for _, masks in micro_batches]) % n_tokens
                 statistics.update(positions, result.clusters)
                 rates.step_ends()
@@ -124,21 +108,95 @@ def _run_steps(trainer: Trainer, start: int, stream_state: dict | None, run_dir:
                 if world.device.type == "cpu" or done % config.run.log_every == 0 or last:
                     _check_finite(trainer, run_dir, config.run.max_nan_steps if not last else 1)
                 bar.update()
-                signum = stop.signum
-                stopping = any_rank(signum is not None)
-                if done % config.run.checkpoint_every == 0 or last or stopping:
-                    _save(trainer, done, batches, run_dir)
-                if stopping and not last:
-                    bar.close()
-                    name = signal.Signals(signum).name if signum else "a signal on another rank"
-                    logger.warning("stopped by %s after step %d; the same command goes on from there", name, done)
-                    return signum or signal.SIGTERM
+                if done % config.run.checkpoint_every == 0 or last:
+                    checkpoints.save(done)
+            if any_rank(stop.signum is not None):
+                return stop.signum or signal.SIGTERM
     finally:
-        stop.restore()
         bar.close()
         if writer is not None:
             writer.close()
     return None
+
+
+class _Checkpoints:
+    """Saves whole steps: where all ranks have come to one, or on this rank's own account."""
+
+    def __init__(self, trainer: Trainer, begun: Start, run_dir: Path, results: Results):
+        self.trainer, self.run_dir, self.results = trainer, run_dir, results
+        self.saved, self.data_fingerprint = begun.step, begun.data_fingerprint
+        trainer.steps_done = begun.step
+        self.streams: list[dict] = []
+        """Where this rank's stream stood after the last steps."""
+
+    def save(self, step: int) -> None:
+        """Called by all ranks after the same step."""
+        if step == self.saved:
+            return
+        _check_state(self.trainer, step, self.run_dir)
+        streams = gather(self._stream(step))
+        with self.trainer.updating:  # Whoever ends the process waits for the file.
+            written = self._write(step, streams)
+        if written and step < self.trainer.config.optim.steps:
+            try:
+                self.results.write()
+            except OSError as error:
+                logger.error("%s", error)
+
+    def save_alone(self) -> None:
+        """Without the other ranks, from any thread: the last whole step, where the state is at one.
+
+        Where the others' streams stood is not known: they take this rank's place for theirs, if they can.
+        """
+        if not self.trainer.world.is_main:
+            return
+        with self.trainer.updating:
+            step = self.trainer.steps_done
+            if step is None or step == self.saved or self.trainer.not_finite():
+                return
+            if not self._write(step, [self._stream(step)]):
+                return
+        logger.warning("saved step %d; the same command goes on from there", step)
+
+    @contextmanager
+    def saved_alone_by(self, stop: StopRequest, bar: tqdm) -> Iterator[None]:
+        """Saves, within, what a request leaves behind that finds no end of the step, or that breaks the step itself."""
+        stop.save = self.save_alone
+        try:
+            yield
+        except Exception as error:
+            if stop.signum is None or isinstance(error, Diverged):
+                raise
+            # A Ctrl-C also ends the processes that compile for us, and a rank that has left ends a reduction.
+            bar.close()
+            logger.warning("%s within a step (%s)", Stopped(stop.signum), type(error).__name__)
+            self.save_alone()
+            raise Stopped(stop.signum) from error
+
+    def _stream(self, step: int) -> dict:
+        return next(state for state in self.streams if state["step"] == step)
+
+    def _write(self, step: int, streams: list[dict]) -> bool:
+        """Whether rank 0 has written the checkpoint; where it could not, a line in the log says why."""
+        self.saved, trainer = step, self.trainer
+        if trainer.bad_steps > 0:
+            logger.warning("losses or gradients of step %d are not finite: no checkpoint is written", step)
+            return False
+        if not trainer.world.is_main:
+            return False
+        state = {
+            "step": step,
+            "trainer": trainer.state_dict(),
+            "streams": streams,
+            "config": described(trainer),
+            "data_fingerprint": self.data_fingerprint,
+        }
+        try:
+            save_checkpoint(self.run_dir, step, state, trainer.config.run.keep_checkpoints)
+        except OSError as error:
+            logger.error("%s; the newest checkpoint: %s", error, newest_checkpoint(self.run_dir) or "none")
+            return False
+        return True
 
 
 class _Rates:
@@ -185,6 +243,7 @@ def _log(
     loss, clustering_loss, entropy = average(
         torch.stack([result.loss, result.clustering_loss, result.target_entropy])
     ).tolist()
+    assignments = statistics.read()
     if writer is None:
         return
     n_tokens = statistics.n_positions
@@ -194,7 +253,7 @@ def _log(
         "clustering_loss": clustering_loss,
         "target_entropy": entropy,
         "target_entropy_floor": entropy_floor(sinkhorn_batch, config.clustering.n_prototypes),
-        **statistics.read(),
+        **assignments,
         **rates.read(),
         "peak_memory_bytes": _peak_memory(world.device),
         "lr": result.lr,
@@ -217,44 +276,32 @@ def _peak_memory(device: torch.device) -> int:
 
 
 def _check_finite(trainer: Trainer, run_dir: Path, limit: int) -> None:
-    """Stops a run whose losses have not been finite for `limit` steps."""
+    """Stops a run whose losses or gradients have not been finite for `limit` steps."""
     bad_steps = int(trainer.bad_steps)
     if bad_steps >= limit:
         good = newest_checkpoint(run_dir)
         raise Diverged(
-            f"the losses were not finite for {bad_steps} steps in a row (run.max_nan_steps is "
+            f"losses or gradients were not finite for {bad_steps} steps in a row (run.max_nan_steps is "
             f"{trainer.config.run.max_nan_steps}); last good checkpoint: {good or 'none'}. "
             "Try a lower learning rate, or run.precision fp32."
         )
 
 
-def _save(trainer: Trainer, step: int, batches: DevicePrefetcher, run_dir: Path) -> None:
-    if trainer.bad_steps > 0:
-        logger.warning("the losses of step %d are not finite: no checkpoint is written", step)
-        return
-    streams = gather(batches.state_dict())
-    if trainer.world.is_main:
-        state = {
-            "step": step,
-            "trainer": trainer.state_dict(),
-            "streams": streams,
-            "config": yaml.safe_load(to_yaml(trainer.config)),
-        }
-        save_checkpoint(run_dir, step, state, trainer.config.run.keep_checkpoints)
-
-
-def _check_same_run(config: Config, saved: dict, run_dir: Path) -> None:
-    """Resuming under another configuration would silently mix two runs."""
-    current = yaml.safe_load(to_yaml(config))
-    changed = []
-    for group in current.keys() - {"run"}:
-        fields = current[group].keys() - {"num_workers"}
-        changed += [f"{group}.{f}" for f in sorted(fields) if current[group][f] != saved.get(group, {}).get(f)]
-    if changed:
-        raise ValueError(
-            f"{run_dir} holds a run with other values of {', '.join(sorted(changed))}; "
-            "expected the same configuration, another run.output_dir, or run.resume false"
+def _check_state(trainer: Trainer, step: int, run_dir: Path) -> None:
+    """Stops a run whose weights or optimiser states are not finite: no later step would mend them."""
+    name = trainer.not_finite()
+    if any_rank(name is not None):
+        raise Diverged(
+            f"{name or 'the state of another rank'} is not finite after step {step}; last good checkpoint: "
+            f"{newest_checkpoint(run_dir) or 'none'}. Try a lower learning rate, or run.precision fp32."
         )
+
+
+def _goes_on_from(run_dir: Path, done: int) -> str:
+    newest = newest_checkpoint(run_dir)
+    if newest is None:
+        return "the start"
+    return "there" if step_of(newest) == done else f"step {step_of(newest)}"
 
 
 def _announce(config: Config, trainer: Trainer, start: int) -> None:
@@ -279,27 +326,13 @@ def _announce(config: Config, trainer: Trainer, start: int) -> None:
         )
 
 
-def _finish(config: Config, trainer: Trainer, run_dir: Path) -> None:
-    """Exports the encoder, draws the pictures, and compares the encoder with the untrained one and with pixels."""
-    ema = trainer.model.student_ema.eval()
-    save_encoder(run_dir / "encoder.safetensors", ema, config.model)
-    logger.info("wrote %s", run_dir / "encoder.safetensors")
-    if not config.run.evaluate:
-        return
-    plot_curves(run_dir / "metrics.jsonl", run_dir / "curves.png")
-    images = evaluation_images(config, 8)
-    with torch.no_grad():
-        _, _, feature_maps = ema.backbone(normalize_images(images.to(trainer.world.device)))
-    plot_pca_maps(images, feature_maps.float().cpu(), run_dir / "features.png")
-    logger.info("wrote %s and %s", run_dir / "curves.png", run_dir / "features.png")
-    if config.data.source == "synthetic":
-        torch.manual_seed(config.run.seed)
-        untrained = CAPI(config.model, config.clustering).init_weights().student.backbone.to(trainer.world.device)
-        results = evaluate_synthetic(config, {"trained": ema.backbone, "untrained": untrained.eval()})
-        (run_dir / "evaluation.yaml").write_text(yaml.safe_dump(results))
-        print(format_table(results))  # noqa: T201
-    else:
-        logger.info("no k-NN table: labels are known for the synthetic scenes only")
+def _finish(config: Config, results: Results, run_dir: Path) -> int:
+    """Writes the results, and returns the exit status: 1 where the last checkpoint could not be written."""
+    logger.info("wrote %s", ", ".join(map(str, results.write(at_the_end=True))))
+    if config.run.evaluate:
+        results.compare()
+    newest = newest_checkpoint(run_dir)
+    return int(newest is None or step_of(newest) < config.optim.steps)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -307,14 +340,14 @@ def main(argv: list[str] | None = None) -> int:
     config = load_config(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        with join_world(config.run.device) as world:
-            return train(config, world)
+        with StopRequest(config.run.stop_timeout) as stop, join_world(config.run.device) as world:
+            return train(config, world, stop)
     except (ValueError, OSError, ImportError, Diverged) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 1
-    except KeyboardInterrupt:
-        print("interrupted; the newest checkpoint stays", file=sys.stderr)  # noqa: T201
-        return 130
+    except Stopped as stopped:
+        logger.warning("%s; the newest checkpoint stays", stopped)
+        return 128 + stopped.signum
 
 
 if __name__ == "__main__":

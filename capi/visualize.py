@@ -19,7 +19,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from capi import pretrained
-from capi.data import centre_box, crop
+from capi.crops import centre_box, crop
 from capi.metrics import read_metrics
 from capi.model import normalize_images
 
@@ -43,7 +43,7 @@ def plot_curves(metrics_jsonl: str | Path, png: str | Path) -> None:
     if not lines:
         raise ValueError(f"{metrics_jsonl} holds no line of metrics")
     with mpl.rc_context(_STYLE):
-        _curves(lines).savefig(png, dpi=120)
+        _curves(lines).savefig(png, dpi=120, format="png")
 
 
 def _curves(lines: list[dict[str, int | float | None]]) -> Figure:
@@ -112,7 +112,7 @@ def plot_pca_maps(
         left, right = grid[index // columns, 2 * (index % columns) :][:2]
         left.imshow(image.transpose(1, 2, 0), interpolation="nearest")
         right.imshow(colour, interpolation="nearest")
-    figure.savefig(png, dpi=120)
+    figure.savefig(png, dpi=120, format="png")
 
 
 def _principal_colours(maps: Float[ndarray, "images rows columns dim"]) -> Float[ndarray, "images rows columns 3"]:

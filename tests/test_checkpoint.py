@@ -1,14 +1,28 @@
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
-from capi.checkpoint import load_newest_checkpoint, newest_checkpoint, save_checkpoint, write_atomically
+from capi.checkpoint import (
+    checkpoints,
+    load_newest_checkpoint,
+    newest_checkpoint,
+    remove_stale_temporaries,
+    save_checkpoint,
+    save_encoder,
+    step_of,
+    write_atomically,
+)
+from capi.config import ModelConfig
+from capi.model import Student
 
 
 def test_newest_first_and_only_so_many_kept(tmp_path) -> None:
@@ -30,6 +44,90 @@ def test_a_failed_write_leaves_the_old_file(tmp_path) -> None:
     with pytest.raises(OSError, match="no space left"):
         write_atomically(path, fail)
     assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@contextmanager
+def file_size_limit(n_bytes: int) -> Iterator[None]:
+    """Stands for a full disk: the system refuses to write beyond."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_checkpoint_that_does_not_fit_is_an_error_of_one_line_and_leaves_nothing(tmp_path) -> None:
+    state = {"x": torch.zeros(100_000)}
+    save_checkpoint(tmp_path, 1, state, keep=1)
+    with file_size_limit(100_000), pytest.raises(OSError) as error:
+        save_checkpoint(tmp_path, 2, state, keep=1)
+    path = tmp_path / "checkpoints" / "step_000000002.pt"
+    assert str(error.value) == f"{path} could not be written: File too large"
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_000000001.pt"]
+
+
+def test_an_encoder_that_does_not_fit_is_an_error_of_one_line_and_leaves_the_old_one(tmp_path) -> None:
+    config, path = ModelConfig(embed_dim=16, num_heads=2, encoder_depth=1, predictor_depth=1), tmp_path / "encoder"
+    student = Student(config, 16)
+    save_encoder(path, student, config)
+    before = path.read_bytes()
+    with file_size_limit(10_000), pytest.raises(OSError) as error:
+        save_encoder(path, student, config)
+    assert str(error.value).startswith(f"{path} could not be written: ")
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_files_have_the_permissions_that_the_umask_leaves(tmp_path, umask) -> None:
+    config = ModelConfig(embed_dim=16, num_heads=2, encoder_depth=1, predictor_depth=1)
+    before = os.umask(umask)
+    try:
+        save_encoder(tmp_path / "encoder", Student(config, 16), config)
+        checkpoint = save_checkpoint(tmp_path, 1, {}, keep=1)
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "encoder", checkpoint):
+        assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_retention_takes_the_oldest_and_never_what_was_just_written(tmp_path) -> None:
+    for step in (100, 200, 1_000_000_000, 20):
+        save_checkpoint(tmp_path, step, {}, keep=1)
+    assert [step_of(path) for path in checkpoints(tmp_path)] == [20, 1_000_000_000]
+
+
+def test_room_is_made_before_a_checkpoint_is_written_but_not_of_the_newest(tmp_path, monkeypatch) -> None:
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, {}, keep=3)
+    monkeypatch.setattr(torch, "save", lambda *_: seen.extend(checkpoints(tmp_path)))
+    seen = []
+    save_checkpoint(tmp_path, 4, {}, keep=2)
+    assert [step_of(path) for path in seen] == [2, 3]
+
+
+def test_one_wrong_bit_in_the_weights_is_damage(tmp_path, caplog) -> None:
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, {"step": step, "x": torch.arange(100_000)}, keep=3)
+    newest = checkpoints(tmp_path)[-1]
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    assert load_newest_checkpoint(tmp_path)["step"] == 1
+    assert "step_000000002.pt cannot be read, trying the one before: it is damaged: the checksum" in caplog.text
+
+
+def test_what_a_broken_off_write_left_is_removed_and_nothing_else(tmp_path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    stale = [".config.yaml.tmp", ".tmpAbC123", "checkpoints/.step_000000001.pt.tmp"]
+    kept = ["notes.tmp", ".hidden", "checkpoints/step_000000001.pt", ".tmp"]
+    for name in [*stale, *kept]:
+        (tmp_path / name).touch()
+    remove_stale_temporaries(tmp_path)
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == sorted(kept)
 
 
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tmp_path, caplog) -> None:

@@ -8,21 +8,23 @@ import signal
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import fields
 from itertools import chain, islice
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image, JpegImagePlugin
+from images import PHOTOGRAPH, encoded, gradient
+from PIL import Image
 from torch import Tensor
 
 from capi.config import Config
-from capi.data import Batch, ImageStream, centre_box, crop, evaluation_images, random_box
+from capi.crops import crop, random_box
+from capi.data import Batch, ImageStream, evaluation_images
 from capi.masking import Masks, sample_masks
+from capi.permutation import Permutation
 from capi.seeding import Purpose, generator
 from capi.sources import Cursor, ShardReader, SourceError, open_source
 from capi.synthetic import SyntheticScenes
@@ -31,7 +33,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # More processes than cores, on purpose.
 
-PHOTOGRAPH = (Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg").read_bytes()
 SIZE = 8
 
 
@@ -48,12 +49,6 @@ def make_config(
     for name, value in data.items():
         setattr(config.data, name, value)
     return config
-
-
-def encoded(image: Image.Image, file_format: str = "PNG", **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, file_format, **options)
-    return file.getvalue()
 
 
 def numbered(number: int) -> bytes:
@@ -87,14 +82,6 @@ def assert_equal(actual: list[Batch], expected: list[Batch]) -> None:
         assert all(map(torch.equal, mask_tensors(a), mask_tensors(e)))
 
 
-def pillow_crop(image: Image.Image, box: tuple, size: int) -> np.ndarray:
-    """Crop, then resize: rows first, as Pillow did before it chose the order itself."""
-    left, top, width, height = box
-    cropped = image.crop((left, top, left + width, top + height))
-    narrow = cropped.resize((size, height), Image.Resampling.BICUBIC)
-    return np.asarray(narrow.resize((size, size), Image.Resampling.BICUBIC)).astype(int)
-
-
 def joined_batches(batches: list[Batch]) -> Batch:
     """One batch of the images and masks of several."""
     n_tokens, offset, visible, predicted = (SIZE // 2) ** 2, 0, [], []
@@ -109,13 +96,6 @@ def joined_batches(batches: list[Batch]) -> Batch:
         sum((batch.masks.predict_counts for batch in batches), ()),
     )
     return Batch(torch.cat([b.images for b in batches]), masks, joined(b.skipped for b in batches))
-
-
-def gradient(width: int, height: int) -> Image.Image:
-    """Red grows to the right, green downwards, by the same step a pixel in both."""
-    step = 255 / max(width, height)
-    x, y = np.meshgrid((np.arange(width) + 0.5) * step, (np.arange(height) + 0.5) * step)
-    return Image.fromarray(np.stack([x, y, np.full_like(x, 128)], axis=-1).round().astype(np.uint8))
 
 
 @pytest.fixture
@@ -162,193 +142,6 @@ def streamed(request, tmp_path: Path) -> str:
         table = pa.table({"image": images, "label": list(range(6))})
         pq.write_table(table, root / f"train-{shard}.parquet", row_group_size=4)
     return f"hf:{root}"
-
-
-class TestCrop:
-    @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "CMYK", "I;16"])
-    @pytest.mark.parametrize("kind", ["photograph", "noise", "small", "large", "flat"])
-    def test_matches_pillow(self, kind: str, mode: str):
-        rng = np.random.default_rng(0)
-        image = Image.open(io.BytesIO(PHOTOGRAPH))
-        if kind == "noise":
-            image = Image.fromarray(rng.integers(0, 256, (333, 200, 3), dtype=np.uint8))
-        elif kind != "photograph":
-            image = image.resize({"small": (9, 7), "large": (3000, 2200), "flat": (700, 1)}[kind])
-        if mode == "I;16":
-            grey = rgb = image.convert("L")
-            image = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
-        else:
-            image = image.convert(mode)
-            rgb = image
-        data = encoded(image, "TIFF" if mode == "CMYK" else "PNG")
-        for size in (224, 98, 16):
-            box = random_box(*image.size, (0.1, 1.0), rng)
-            actual = crop(data, size, lambda *_, box=box: box)
-            difference = np.abs(actual.astype(int) - pillow_crop(rgb.convert("RGB"), box, size))
-            # Of two passes each may round otherwise, and the second may add to what the first did. A rounding differs
-            # where weights of 16 and of 22 bits matter: 4 taps * 255 levels / 2^16 on both sides of a half, at worst.
-            assert difference.max() <= 2
-            assert (difference > 0).mean() < 0.03
-
-    def test_jpeg_matches_pillow(self):
-        image, box = Image.open(io.BytesIO(PHOTOGRAPH)), (30, 40, 400, 500)
-        difference = np.abs(crop(PHOTOGRAPH, 224, lambda *_: box).astype(int) - pillow_crop(image, box, 224))
-        assert difference.max() <= 2
-        assert (difference > 0).mean() < 0.03
-
-    def test_threads_change_no_bit(self):
-        threads = torch.get_num_threads()
-        try:
-            results = []
-            for n in (1, 2, 3):
-                torch.set_num_threads(n)
-                results.append(crop(PHOTOGRAPH, 224, centre_box))
-        finally:
-            torch.set_num_threads(threads)
-        assert np.array_equal(results[0], results[1]) and np.array_equal(results[0], results[2])
-
-    def test_sees_the_size_and_hands_over_pixels(self):
-        pixels = np.asarray(gradient(20, 10))
-        sizes = []
-        actual = crop(pixels, 5, lambda *size: sizes.append(size) or (2, 3, 5, 5))
-        assert sizes == [(20, 10)]
-        assert np.array_equal(actual, pixels[3:8, 2:7])
-
-    @pytest.mark.filterwarnings("ignore:Palette images with Transparency")
-    @pytest.mark.parametrize(
-        ("image", "options", "expected"),
-        [
-            (Image.new("RGB", (9, 9), (10, 20, 30)), {}, (10, 20, 30)),
-            (Image.new("RGBA", (9, 9), (10, 20, 30, 5)), {}, (10, 20, 30)),
-            (Image.new("L", (9, 9), 77), {}, (77, 77, 77)),
-            (Image.new("LA", (9, 9), (77, 5)), {}, (77, 77, 77)),
-            (Image.new("1", (9, 9), 1), {}, (255, 255, 255)),
-            (Image.new("RGB", (9, 9), (10, 20, 30)).quantize(4), {"transparency": 0}, (10, 20, 30)),
-            (Image.new("RGB", (9, 9), (10, 20, 30)).quantize(4), {"transparency": b"\x05\xff"}, (10, 20, 30)),
-            (Image.fromarray(np.full((9, 9), 25700, np.uint16)), {}, (100, 100, 100)),
-            (Image.fromarray(np.full((9, 9), 65535, np.uint16)), {}, (255, 255, 255)),
-            (Image.fromarray(np.full((9, 9), 200, np.uint16)), {}, (1, 1, 1)),
-            (Image.fromarray(np.full((9, 9), 25700, np.uint16)), {"file_format": "TIFF"}, (100, 100, 100)),
-            (Image.fromarray(np.full((9, 9), 25700, np.int32)), {"file_format": "TIFF"}, (100, 100, 100)),
-            (Image.new("CMYK", (9, 9), (255, 0, 0, 0)), {"file_format": "TIFF"}, (0, 255, 255)),
-            (Image.new("CMYK", (9, 9), (0, 0, 0, 128)), {"file_format": "JPEG", "quality": 100}, (127, 127, 127)),
-            (Image.new("L", (9, 9), 77), {"file_format": "JPEG", "quality": 100}, (77, 77, 77)),
-            (Image.new("RGB", (9, 9), (50, 50, 50)), {"file_format": "WEBP", "lossless": True}, (50, 50, 50)),
-            (Image.new("P", (9, 9), 0), {"file_format": "GIF"}, (0, 0, 0)),
-        ],
-    )
-    def test_every_mode_becomes_rgb(self, image: Image.Image, options: dict, expected: tuple):
-        actual = crop(encoded(image, **options), 4, centre_box)
-        assert actual.shape == (4, 4, 3)
-        assert actual.dtype == np.uint8
-        assert np.array_equal(actual, np.broadcast_to(np.array(expected), (4, 4, 3)))
-
-    @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "TIFF"])
-    @pytest.mark.parametrize(
-        ("orientation", "as_stored"),
-        [
-            (1, lambda upright: upright),
-            (2, lambda upright: upright[:, ::-1]),
-            (3, lambda upright: upright[::-1, ::-1]),
-            (4, lambda upright: upright[::-1]),
-            (5, lambda upright: upright.swapaxes(0, 1)),
-            (6, lambda upright: np.rot90(upright, 1)),
-            (7, lambda upright: upright[::-1, ::-1].swapaxes(0, 1)),
-            (8, lambda upright: np.rot90(upright, -1)),
-        ],
-    )
-    def test_exif_orientation(self, orientation: int, as_stored: Callable, file_format: str):
-        upright = np.asarray(gradient(48, 32))
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        options = {"quality": 100, "subsampling": 0} if file_format == "JPEG" else {}
-        data = encoded(Image.fromarray(np.ascontiguousarray(as_stored(upright))), file_format, exif=exif, **options)
-        actual = crop(data, 16, centre_box).astype(int)
-        expected = np.asarray(Image.fromarray(upright[:, 8:40]).resize((16, 16), Image.Resampling.BICUBIC))
-        # One level of rounding for the order of the two passes, two more for JPEG's own at quality 100.
-        assert np.abs(actual - expected).max() <= (3 if file_format == "JPEG" else 1)
-
-    @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-    def test_broken_metadata_do_no_harm(self):
-        data = encoded(Image.new("RGB", (9, 9), (50, 50, 50)), "JPEG", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xffjunk")
-        assert np.array_equal(crop(data, 4, centre_box), np.full((4, 4, 3), 50))
-
-    @pytest.mark.parametrize(("side", "reductions"), [(31, [1]), (32, [2]), (63, [2]), (64, [4]), (200, [8])])
-    def test_large_jpeg_is_decoded_small_but_lands_alike(self, monkeypatch, side: int, reductions: list[int]):
-        asked = []
-        draft = JpegImagePlugin.JpegImageFile.draft
-
-        def recorded(image, mode, size):
-            asked.append(round(image.width / size[0]))
-            return draft(image, mode, size)
-
-        monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "draft", recorded)
-        image = gradient(331, 273)
-        box = (61, 47, side, side)
-        actual = crop(encoded(image, "JPEG", quality=100, subsampling=0), SIZE, lambda *_: box).astype(int)
-        expected = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=(61, 47, 61 + side, 47 + side))
-        assert asked == reductions
-        # A pixel of the source is 255 / 331 levels: a box that is off by more than 3 pixels shows.
-        assert np.abs(actual - np.asarray(expected))[..., :2].max() <= 3
-
-    def test_boxes_of_large_jpegs_are_moved_without_bias(self):
-        image, rng = gradient(900, 700), np.random.default_rng(0)
-        data = encoded(image, "JPEG", quality=100, subsampling=0)
-        differences = []
-        for _ in range(40):
-            box = random_box(900, 700, (0.2, 1.0), rng)
-            expected = pillow_crop(image, box, SIZE)
-            differences.append((crop(data, SIZE, lambda *_, box=box: box).astype(int) - expected)[..., :2])
-        # Eight pixels are decoded as one: rounding moves an edge by up to 4 pixels of 255 / 900 levels.
-        assert np.abs(differences).max() <= 3
-        assert np.abs(np.mean(differences, axis=(0, 1, 2))).max() < 0.25
-
-    @pytest.mark.parametrize("file_format", ["JPEG", "PNG"])
-    def test_truncated_file_raises(self, file_format: str):
-        data = encoded(Image.open(io.BytesIO(PHOTOGRAPH)), file_format)
-        with pytest.raises(OSError, match="truncated"):
-            crop(data[: len(data) * 2 // 3], SIZE, centre_box)
-
-
-class TestRandomBox:
-    SCALE = (0.3, 0.9)
-
-    def boxes(self, width: int, height: int, n: int = 4000) -> np.ndarray:
-        rng = np.random.default_rng(0)
-        return np.array([random_box(width, height, self.SCALE, rng) for _ in range(n)])
-
-    def test_lies_inside_with_area_and_aspect_in_range(self):
-        left, top, width, height = self.boxes(500, 375).T
-        assert (left >= 0).all() and (left + width <= 500).all()
-        assert (top >= 0).all() and (top + height <= 375).all()
-        # Sides are rounded by up to half a pixel, so area by up to (width + height) / 2 + 1.
-        slack = (width + height) / 2 + 1
-        assert (width * height >= self.SCALE[0] * 500 * 375 - slack).all()
-        assert (width * height <= self.SCALE[1] * 500 * 375 + slack).all()
-        assert (width + 0.5 >= 3 / 4 * (height - 0.5)).all()
-        assert (width - 0.5 <= 4 / 3 * (height + 0.5)).all()
-
-    def test_distribution(self):
-        # At up to 0.9 * 3/4 of the area every draw fits into a square: both laws are then the uniform ones.
-        rng, n = np.random.default_rng(0), 4000
-        left, top, width, height = np.array([random_box(2000, 2000, (0.3, 0.75), rng) for _ in range(n)]).T
-        uniforms = [
-            (width * height / 2000**2 - 0.3) / 0.45,
-            np.log(width / height) / (2 * np.log(4 / 3)) + 0.5,
-            (left + 0.5) / (2000 - width + 1),
-            (top + 0.5) / (2000 - height + 1),
-        ]
-        for values in uniforms:
-            # Kolmogorov-Smirnov: 1.95 / sqrt(n) is exceeded once in a thousand.
-            distance = np.abs(np.sort(values) - (np.arange(n) + 0.5) / n).max()
-            assert distance < 1.95 / np.sqrt(n)
-
-    @pytest.mark.parametrize(
-        ("size", "expected"),
-        [((100, 9), (44, 0, 12, 9)), ((9, 100), (0, 44, 9, 12)), ((1, 1), (0, 0, 1, 1)), ((1, 50), (0, 24, 1, 1))],
-    )
-    def test_falls_back_to_the_centre(self, size: tuple, expected: tuple):
-        assert random_box(*size, (0.99, 1.0), np.random.default_rng(0)) == expected
 
 
 class TestFolder:
@@ -496,7 +289,8 @@ class TestDeterminism:
         config.data.crop_scale = (0.2, 0.9)
         source = open_source(config)
         for epoch, batch in enumerate(take(config, 2)):
-            order = generator(Purpose.ORDER, 5, epoch).permutation(13)
+            permutation = Permutation(generator(Purpose.ORDER, 5, epoch), 13)
+            order = [permutation[i] for i in range(13)]
             for image, index in zip(batch.images, order, strict=True):
                 rng = generator(Purpose.CROP, 5, epoch, int(index))
                 name = source.name(int(index))
@@ -824,7 +618,7 @@ class TestErrors:
     @pytest.mark.parametrize(("source", "package"), [("hf:x", "datasets"), ("wds:x.tar", "braceexpand")])
     def test_missing_package(self, monkeypatch, source: str, package: str):
         monkeypatch.setitem(sys.modules, package, None)
-        with pytest.raises(ImportError, match=rf"{package}: pip install capi\[data\]"):
+        with pytest.raises(ImportError, match=rf"{package}: pip install '\.\[data\]'"):
             ImageStream(make_config(source))
 
     def test_indivisible_batch(self):

@@ -1,5 +1,6 @@
 import json
 import math
+import resource
 from contextlib import closing
 
 import pytest
@@ -111,6 +112,16 @@ def test_statistics_keep_what_they_were_given():
     assert statistics.read()["dead_prototypes"] == 0
 
 
+def test_statistics_keep_the_newest_tokens_only():
+    statistics = AssignmentStatistics(4, 4, max_tokens=50)
+    for cluster in range(1000):
+        statistics.update(torch.arange(20) % 4, torch.full((20,), cluster % 4))
+    assert len(statistics._tokens) == 2
+    result = statistics.read()
+    assert result["assigned_tokens"] == 40
+    assert result["dead_prototypes"] == 0.5
+
+
 def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path):
     with closing(MetricsWriter(tmp_path)) as writer:
         writer.write(0, {"loss": 2.5, "assigned_tokens": 7})
@@ -143,6 +154,24 @@ def test_a_new_run_in_the_same_folder_starts_its_own_lines(tmp_path):
         with closing(MetricsWriter(tmp_path)) as writer:
             writer.write(0, {"loss": loss})
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 0, "loss": 2.0}]
+
+
+def test_lines_that_a_full_disk_refuses_are_lost_whole(tmp_path, caplog):
+    """A limit on the size of files stands for the full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with closing(MetricsWriter(tmp_path)) as writer:
+        writer.write(0, {"loss": 0.0})
+        try:
+            # Neither the next line nor the next events fit whole.
+            resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size + 5, before[1]))
+            writer.write(10, {"loss": 1.0})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        writer.write(20, {"loss": 2.0})
+    assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path / "metrics.jsonl")] == [(0, 0), (20, 2)]
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(0, 0), (20, 2)]
+    assert caplog.text.count("what was measured now is lost: File too large") == 2
 
 
 def test_a_bad_line_in_the_middle_is_an_error(tmp_path):

@@ -3,7 +3,7 @@ import torch
 
 from capi.config import ClusteringConfig, ModelConfig, OptimConfig, ScheduleConfig
 from capi.model import CAPI
-from capi.optim import build_optimizers, schedule_value, set_learning_rates, update_ema
+from capi.optim import all_finite, build_optimizers, schedule_value, set_learning_rates, update_ema
 
 SHAPE = ModelConfig(patch_size=4, embed_dim=16, num_heads=2, encoder_depth=1, predictor_depth=1, n_registers=4)
 
@@ -69,3 +69,11 @@ def test_schedule_edges() -> None:
     assert values[14:] == [0.5, 0.5]
     assert schedule_value(ScheduleConfig(base=1.0, start=0.5, warmup_steps=1), 0, 10) == 0.5
     assert schedule_value(ScheduleConfig(base=1.0, warmup_steps=0), 0, 10) == 1.0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_one_bad_value_among_all_is_found(bad) -> None:
+    tensors = [torch.ones(5), torch.full((2, 3), 3e38), torch.empty(1, 0, 4), torch.zeros(())]
+    assert all_finite(tensors)
+    tensors[1][1, 0] = bad
+    assert not all_finite(tensors)

@@ -49,8 +49,8 @@ def test_groups_micro_batches_and_moves_nothing_on_a_cpu(monkeypatch, micro_batc
     assert n == (1 if micro_batch_size is None else 3)
     expected = list(islice(ImageStream(make_config(micro_batch_size=micro_batch_size)), 4 * n))
     taken = []
-    iterate = ImageStream.__iter__
-    monkeypatch.setattr(ImageStream, "__iter__", lambda self: (taken.append(b) or b for b in iterate(self)))
+    iterate = ImageStream.batches
+    monkeypatch.setattr(ImageStream, "batches", lambda self, _: (taken.append(b) or b for b in iterate(self)))
     batches = DevicePrefetcher(stream, CPU)
     for k in range(4):
         step = next(batches)
@@ -77,14 +77,14 @@ def test_state_is_that_of_the_last_step_yielded():
 def test_waiting_for_the_loader_is_measured_and_nothing_else(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    iterate = ImageStream.__iter__
+    iterate = ImageStream.batches
 
-    def slow(stream):
+    def slow(stream, interrupted):
         for batch in iterate(stream):
             clock[0] += 2
             yield batch
 
-    monkeypatch.setattr(ImageStream, "__iter__", slow)
+    monkeypatch.setattr(ImageStream, "batches", slow)
     batches = DevicePrefetcher(ImageStream(make_config()), CPU)
     for _ in range(2):
         next(batches)

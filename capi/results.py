@@ -1,0 +1,103 @@
+"""What a run leaves for its reader: the encoder, pictures of how far it is, and the comparison on held-out scenes."""
+
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import yaml
+
+from capi.checkpoint import save_encoder, write_atomically
+from capi.data import evaluation_images
+from capi.evaluate import evaluate_synthetic, format_table
+from capi.model import CAPI, normalize_images
+from capi.step import Trainer
+from capi.visualize import plot_curves, plot_pca_maps
+
+logger = logging.getLogger(__name__)
+
+_N_PICTURES = 8
+# Seconds that a run waits for a source that is slow to give the images of the pictures: on its way, and at its end.
+_PATIENCE = 10.0
+_PATIENCE_AT_THE_END = 600.0
+
+
+class Results:
+    """Writes them to the run folder: encoder and pictures as often as wanted, the comparison at the end."""
+
+    def __init__(self, trainer: Trainer, run_dir: Path):
+        self._trainer, self._run_dir = trainer, run_dir
+        self._images: Future | None = None
+
+    def write(self, *, at_the_end: bool = False) -> list[Path]:
+        """Writes the encoder and, with `run.evaluate`, the pictures; those may fail, with a line in the log.
+
+        Returns:
+            The files written.
+
+        Raises:
+            OSError: the encoder could not be written.
+        """
+        config, encoder = self._trainer.config, self._run_dir / "encoder.safetensors"
+        save_encoder(encoder, self._trainer.model.student_ema, config.model)
+        if not config.run.evaluate:
+            return [encoder]
+        patience = _PATIENCE_AT_THE_END if at_the_end else _PATIENCE
+        return [
+            encoder,
+            *self._draw("curves.png", lambda png: plot_curves(self._run_dir / "metrics.jsonl", png)),
+            *self._draw("features.png", lambda png: self._plot_features(png, patience)),
+        ]
+
+    def compare(self) -> None:
+        """Prints how the encoder compares with the untrained one and with pixels; `evaluation.yaml` keeps it."""
+        config, ema = self._trainer.config, self._trainer.model.student_ema.eval()
+        if config.data.source != "synthetic":
+            logger.info("no k-NN table: labels are known for the synthetic scenes only")
+            return
+        torch.manual_seed(config.run.seed)
+        untrained = CAPI(config.model, config.clustering).init_weights().student.backbone
+        backbones = {"trained": ema.backbone, "untrained": untrained.to(self._trainer.world.device).eval()}
+        results = evaluate_synthetic(config, backbones)
+        write_atomically(self._run_dir / "evaluation.yaml", lambda file: file.write_text(yaml.safe_dump(results)))
+        print(format_table(results))  # noqa: T201
+
+    def _draw(self, name: str, plot: Callable[[Path], None]) -> list[Path]:
+        try:
+            write_atomically(self._run_dir / name, plot)
+        except Exception as error:  # whatever goes wrong: a picture is not worth a run
+            logger.warning("no new %s: %s", name, str(error).partition("\n")[0])
+            return []
+        return [self._run_dir / name]
+
+    def _plot_features(self, png: Path, patience: float) -> None:
+        if self._images is None:
+            self._images = _in_background(lambda: evaluation_images(self._trainer.config, _N_PICTURES))
+        try:
+            images = self._images.result(timeout=patience)
+        except TimeoutError as error:
+            raise TimeoutError(f"the source gave no images within {patience:.0f} s") from error
+        backbone = self._trainer.model.student_ema.eval().backbone
+        compile_ = self._trainer.config.run.compile
+        compiled = compile_ == "on" or (compile_ == "auto" and self._trainer.world.device.type == "cuda")
+        # Nothing is compiled anew for these few images. (To say so takes seconds.)
+        with torch.no_grad(), torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            _, _, feature_maps = backbone(normalize_images(images.to(self._trainer.world.device)))
+        plot_pca_maps(images, feature_maps.float().cpu(), png)
+
+
+def _in_background(work: Callable[[], object]) -> Future:
+    """The result of `work`, in a thread that does not keep the process from its end."""
+    future = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future

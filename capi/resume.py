@@ -1,0 +1,323 @@
+"""How a run starts: which checkpoint all ranks go on from, what may have changed since, and what is moved aside.
+
+The run folder is rank 0's: no other rank reads or writes it, so that it may lie on a disk of that node alone.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+import yaml
+
+from capi.checkpoint import (
+    load_newest_checkpoint,
+    remove_stale_temporaries,
+    set_newer_aside,
+    write_atomically,
+)
+from capi.config import Config, to_yaml
+from capi.data import ImageStream
+from capi.distributed import World, gather
+from capi.run_folder import RunFolder
+from capi.step import Trainer
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+Changes = dict[str, tuple[object, object]]
+
+# What a run's results depend on by more than rounding is compared when it goes on: every group but `run`, and of that:
+_COMPARED_OF_RUN = ("run.seed", "run.precision")
+_FREE = ("data.num_workers",)
+# Neither worth a word when they change.
+_OF_THE_START = ("run.output_dir", "run.resume", "run.allow_changes")
+
+
+def together(work: Callable[[], Result]) -> Result:
+    """What `work` returns on this rank; an error on any rank ends all of them, rank 0 with a line that names the rank.
+
+    Raises:
+        ValueError: on rank 0 of several; a single process raises its own error.
+        SystemExit: on the other ranks.
+    """
+    result = error = None
+    try:
+        result = work()
+    except (ValueError, OSError, ImportError) as caught:
+        error = caught
+    errors = gather(None if error is None else str(error))
+    if len(errors) == 1 and error is not None:
+        raise error
+    for rank, message in enumerate(errors):
+        if message is not None:
+            dist.barrier()  # A rank that leaves early would break the connections that others still read from.
+            raise ValueError(f"rank {rank}: {message}") if dist.get_rank() == 0 else SystemExit(1)
+    return result
+
+
+@contextmanager
+def run_folder(path: Path, world: World) -> Iterator[RunFolder | None]:
+    """Rank 0's folder, locked (None on the other ranks). Raises as `together` does."""
+    folder = together(lambda: RunFolder(path) if world.is_main else None)
+    try:
+        yield folder
+    finally:
+        if folder is not None:
+            folder.release()
+
+
+@dataclass
+class Start:
+    """Where a run goes on from."""
+
+    step: int
+    """Optimiser steps done."""
+    stream: ImageStream | None
+    """This rank's images from there on; None when all steps are done."""
+    data_fingerprint: str | None
+    """Of rank 0's images; None there where it is not known, and on the other ranks."""
+
+
+def begin(trainer: Trainer, folder: RunFolder | None) -> Start:
+    """Loads the newest sound checkpoint of rank 0's folder into every rank's trainer, and makes the folder this run's.
+
+    Without a checkpoint, or with `run.resume` false, an earlier run in the folder is moved aside. Nothing is written
+    or moved before all checks have passed.
+
+    Raises:
+        ValueError: as `together`: the folder holds a run of another configuration or of other images and
+            `run.allow_changes` does not name what changed, or ranks differ in what they were started with.
+    """
+    config, world = trainer.config, trainer.world
+    checkpoint = None
+    if config.run.resume:
+        checkpoint = together(lambda: load_newest_checkpoint(folder.path) if folder else None)
+    saved = gather(checkpoint and {key: value for key, value in checkpoint.items() if key != "trainer"})[0]
+    step = saved["step"] if saved else 0
+    everyone = gather(described(trainer))
+    together(lambda: _check_ranks_agree(everyone))
+    finished = step >= config.optim.steps
+    moved = saved is not None and _source(saved["config"]) != everyone[0]["data"]["source"]
+    stream = None if finished and not moved else together(lambda: _open_stream(config, world, saved))
+    # That of rank 0 is asked for alone: of millions of files it takes a while.
+    fingerprint = together(lambda: stream.fingerprint if stream and folder else None)
+    changes = together(lambda: _permitted_changes(config, saved, everyone[0], fingerprint) if folder else {})
+    together(lambda: _load(trainer, checkpoint) if checkpoint else None)
+    if saved:
+        _hand_out(trainer)
+    together(lambda: _take_over(folder, trainer, saved, changes) if folder else None)
+    return Start(step, None if finished else stream, fingerprint)
+
+
+def described(trainer: Trainer) -> dict:
+    """The configuration as it is run: with the precision that `auto` stands for, and a path of images from the root."""
+    config = json.loads(json.dumps(asdict(trainer.config)))
+    config["data"]["source"] = _absolute(trainer.config.data.source)
+    config["run"]["precision"] = {torch.float32: "fp32", torch.bfloat16: "bf16"}[trainer.compute_dtype]
+    return config
+
+
+def _source(saved: dict) -> str:
+    return _absolute(saved["data"]["source"])
+
+
+def _absolute(source: str) -> str:
+    kind, _, place = source.partition(":")
+    return (
+        f"{kind}:{Path(place).expanduser().resolve()}" if kind in ("folder", "wds") and "://" not in place else source
+    )
+
+
+def _fields(config: dict, prefix: str = "") -> dict[str, object]:
+    """Every value of a nested configuration by its dotted name."""
+    fields = {}
+    for key, value in config.items():
+        fields |= _fields(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return fields
+
+
+def _is_compared(name: str) -> bool:
+    return name in _COMPARED_OF_RUN if name.startswith("run.") else name not in _FREE
+
+
+def _changes(saved: dict, current: dict) -> Changes:
+    """Old and new value of every field that differs; one that an older version did not have was at its default."""
+    before = _fields(json.loads(json.dumps(asdict(Config())))) | _fields(saved)
+    now = _fields(current)
+    before["data.source"] = _source(saved)
+    if before["run.precision"] == "auto":  # of a version that did not note what it stood for
+        before["run.precision"] = now["run.precision"]
+    unknown = before.keys() - now.keys()
+    if unknown:
+        logger.warning("ignored what this version does not know: %s", ", ".join(sorted(unknown)))
+    return {name: (before[name], value) for name, value in now.items() if before[name] != value}
+
+
+def _check_ranks_agree(everyone: Sequence[dict]) -> None:
+    """Each node may have its images and its folder elsewhere, but nothing else of its own."""
+    first = _fields(everyone[0])
+    for rank, config in enumerate(everyone):
+        own = _fields(config)
+        differing = [n for n in first if first[n] != own[n] and n not in ("data.source", "run.output_dir")]
+        if differing:
+            values = ", ".join(f"{name} {_short(own[name])}, not {_short(first[name])}" for name in differing)
+            raise ValueError(f"rank {rank} was started with {values} as rank 0; expected the same on all ranks")
+
+
+def _open_stream(config: Config, world: World, saved: dict | None) -> ImageStream:
+    """This rank's images from the checkpoint's step on."""
+    if saved is None:
+        return ImageStream(config, rank=world.rank, world_size=world.size)
+    state = saved["streams"][world.rank % len(saved["streams"])]
+    source = _source(saved["config"])
+    if saved.get("data_fingerprint") is None and source != _absolute(config.data.source):
+        # A position in what may be another stream means nothing.
+        state = {**state, "layout": {**state["layout"], "content": f"that of {source}"}}
+    return ImageStream(config, rank=world.rank, world_size=world.size, start_step=saved["step"], state=state)
+
+
+def _permitted_changes(config: Config, saved: dict | None, current: dict, fingerprint: str | None) -> Changes:
+    """What is new since the checkpoint. Raises ValueError where `run.allow_changes` does not name it."""
+    known = _fields(current) | _fields(saved["config"] if saved else {})
+    for entry in config.run.allow_changes:
+        if not any(_is_within(name, entry) for name in known):
+            raise ValueError(f"run.allow_changes must name fields such as optim.steps, got {entry}")
+    if saved is None:
+        return {}
+    changes, source = _changes(saved["config"], current), current["data"]["source"]
+    # Which scenes are drawn follows from the other fields.
+    if None not in (fingerprint, saved.get("data_fingerprint")) and source != "synthetic":
+        changes = _with_images_judged(changes, saved["data_fingerprint"] == fingerprint, source)
+    allowed = config.run.allow_changes
+    refused = {n: c for n, c in changes.items() if _is_compared(n) and not any(_is_within(n, e) for e in allowed)}
+    if refused:
+        names = ", ".join(dict.fromkeys([*allowed, *refused]))
+        raise ValueError(
+            f"{config.run.output_dir} holds a run with other values of {_listed(refused)}; expected the same, or "
+            f"--run.allow_changes '[{names}]' to go on with the new ones, or another run.output_dir, or "
+            "--run.resume false to move that run aside"
+        )
+    return changes
+
+
+def _with_images_judged(changes: Changes, same: bool, source: str) -> Changes:
+    """Not the path of the images counts, but which they are."""
+    others = {name: change for name, change in changes.items() if name != "data.source"}
+    old, new = changes.get("data.source", (source, source))
+    if not same:
+        return others | {"data.source": (f"{old} as it was", f"{new} with other images")}
+    if old != new:
+        logger.info("data.source %s holds the images that were in %s", new, old)
+    return others
+
+
+def _is_within(name: str, entry: str) -> bool:
+    return name == entry or name.startswith(f"{entry}.")
+
+
+def _listed(changes: Changes) -> str:
+    return ", ".join(f"{name} ({_short(old)} -> {_short(new)})" for name, (old, new) in sorted(changes.items()))
+
+
+def _short(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _load(trainer: Trainer, checkpoint: dict) -> None:
+    """Leaves nothing of the checkpoint's memory in use, and the settings of the optimisers as configured."""
+    settings = [[dict(group) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
+    try:
+        trainer.load_state_dict(checkpoint["trainer"])
+    except (KeyError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"the checkpoint of step {checkpoint['step']} does not fit this model: {reason}") from error
+    for optimizer, groups in zip(trainer.optimizers, settings, strict=True):
+        for loaded, configured in zip(optimizer.param_groups, groups, strict=True):
+            loaded.update({key: value for key, value in configured.items() if key != "params"})
+        for state in optimizer.state.values():
+            # On a CPU the optimiser has taken the mapped tensors themselves.
+            state.update({key: value.clone() for key, value in state.items() if value.device.type == "cpu"})
+
+
+def _hand_out(trainer: Trainer) -> None:
+    """Rank 0's weights and optimiser states to the other ranks."""
+    if trainer.world.size == 1:
+        return
+    for tensor in trainer.model.state_dict().values():
+        dist.broadcast(tensor, 0)
+    for optimizer in trainer.optimizers:
+        saved = optimizer.state_dict()
+        shapes = {
+            index: {name: (tuple(value.shape), value.dtype, value.device.type) for name, value in state.items()}
+            for index, state in saved["state"].items()
+        }
+        shapes = gather(shapes)[0]
+        if not trainer.world.is_main:
+            empty = {
+                index: {
+                    name: torch.empty(shape, dtype=dtype, device=trainer.world.device if kind != "cpu" else kind)
+                    for name, (shape, dtype, kind) in state.items()
+                }
+                for index, state in shapes.items()
+            }
+            optimizer.load_state_dict({**saved, "state": empty})
+        states = optimizer.state_dict()["state"]
+        for index, state in shapes.items():
+            for name in state:
+                dist.broadcast(states[index][name], 0)
+
+
+def _take_over(folder: RunFolder, trainer: Trainer, saved: dict | None, changes: Changes) -> None:
+    """Makes the folder this run's: with its configuration, and without what would mix with it."""
+    config = trainer.config
+    remove_stale_temporaries(folder.path)
+    if saved is not None:
+        set_newer_aside(folder.path, saved["step"])
+        _record(folder.path, saved, changes, trainer.world)
+    elif _holds_another_run(folder.path, described(trainer), config.run.resume):
+        folder.move_aside()
+    write_atomically(folder.path / "config.yaml", lambda file: file.write_text(to_yaml(config)))
+
+
+def _holds_another_run(run_dir: Path, current: dict, resume: bool) -> bool:
+    """Whether a run that starts anew would mix with what is there.
+
+    Metrics alone are the beginning of this very run, if its configuration is the same: they come again.
+    """
+    if any((run_dir / "checkpoints").glob("step_*")) or (run_dir / "encoder.safetensors").exists():
+        return True
+    metrics = run_dir / "metrics.jsonl"
+    if not metrics.exists() or metrics.stat().st_size == 0:
+        return False
+    try:
+        saved = yaml.safe_load((run_dir / "config.yaml").read_text())
+        return not resume or any(map(_is_compared, _changes(saved, current)))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+        return True
+
+
+def _record(run_dir: Path, saved: dict, changes: Changes, world: World) -> None:
+    """Logs what is new since the checkpoint, and adds to `changes.yaml` what was changed by permission."""
+    step = saved["step"]
+    permitted = {name: change for name, change in changes.items() if _is_compared(name)}
+    free = {name: change for name, change in changes.items() if name not in (*permitted, *_OF_THE_START)}
+    if len(saved["streams"]) != world.size:
+        free["the number of processes"] = (len(saved["streams"]), world.size)
+    if free:
+        logger.info("going on after step %d with other values of %s", step, _listed(free))
+    if not permitted:
+        return
+    logger.warning("going on after step %d with other values of %s, as allowed", step, _listed(permitted))
+    if "data.source" in permitted:
+        logger.warning("images of the epoch that was broken off may come twice or not at all")
+    entry = {"step": step, "time": datetime.now(UTC).isoformat(timespec="seconds")}
+    entry["changes"] = {name: list(change) for name, change in permitted.items()}
+    with (run_dir / "changes.yaml").open("a") as file:
+        yaml.safe_dump([entry], file, sort_keys=False)

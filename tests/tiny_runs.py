@@ -1,0 +1,53 @@
+"""Trainings of a fraction of a second, and what they leave."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from capi.config import Config, load_config
+
+TINIEST = """
+model: {patch_size: 4, embed_dim: 16, num_heads: 2, encoder_depth: 1, predictor_depth: 1, n_registers: 4,
+        drop_path_rate: 0.3}
+masking: {mask_ratio: [0.5, 0.7], prediction_subsampling: 0.5}
+data: {source: synthetic, image_size: 16, num_workers: 0, synthetic_size: 64}
+clustering: {n_prototypes: 16}
+optim:
+  steps: 6
+  batch_size: 8
+  lr: {base: 1.0e-3, warmup_steps: 2}
+  momentum: {base: 0.9, start: 1.0, final: 1.0, warmup_steps: 2}
+  clustering_lr: {base: 5.0e-4, warmup_steps: 2}
+run: {log_every: 1, checkpoint_every: 3, evaluate: false, device: cpu}
+"""
+
+
+def tiniest(tmp_path: Path) -> list[str]:
+    """Command-line arguments of a training into `tmp_path / "run"`."""
+    (tmp_path / "tiniest.yaml").write_text(TINIEST)
+    return ["--config", str(tmp_path / "tiniest.yaml"), "--run.output_dir", str(tmp_path / "run")]
+
+
+def load_tiniest(tmp_path: Path, *options: str) -> Config:
+    return load_config([*tiniest(tmp_path), *options])
+
+
+def metrics_of(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_equal_states(one: object, other: object, path: str = "") -> None:
+    if isinstance(one, dict):
+        assert isinstance(other, dict)
+        assert one.keys() == other.keys(), path
+        for key in one:
+            assert_equal_states(one[key], other[key], f"{path}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), path
+        for i, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_equal_states(a, b, f"{path}.{i}")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), path
+    else:
+        assert one == other, path
