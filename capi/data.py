@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import chain, count, cycle, islice, repeat
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from capi.crops import Encoded, centre_box, crop, random_box
 from capi.loader import affordable_prefetch, loaded, share
 from capi.masking import Masks, sample_masks
 from capi.permutation import Permutation
-from capi.reading import Reads, never
+from capi.reading import Reads, at_once, never
 from capi.retry import attempt, reason
 from capi.seeding import Purpose, generator
 from capi.sources import (
@@ -93,7 +93,7 @@ class ImageStream:
             source's name is of no known form, or data.read_timeout is not positive.
         SourceError: the source is missing, empty or (from the iterator) has no readable image.
         LoaderError: shared memory does not hold a micro-batch, or (from the iterator) a loader process died.
-        TimeoutError: (from the iterator) reads did not return in time, eight in a row.
+        HungError: (from the iterator) reads did not return in time, eight in a row.
     """
 
     def __init__(
@@ -257,26 +257,29 @@ class _Batches(IterableDataset):
         self._reasons: dict[str, str] = {}
 
     def __iter__(self) -> Iterator[_Delivery | SourceError | OSError]:
+        with closing(Reads(self._config.data.read_timeout, self._interrupted)) as reads:
+            yield from self._deliveries(at_once if isinstance(self._source, SyntheticImages) else reads)
+
+    def _deliveries(self, reads: Callable) -> Iterator[_Delivery | SourceError | OSError]:
         worker = get_worker_info()
         process, n_processes = (worker.id, worker.num_workers) if worker else (0, 1)
         first = self._micro_batch + process
         reader = None
         if isinstance(self._source, ShardedSource):
-            reader = self._reader(first % n_processes, n_processes)
-            samples = self._streamed(reader)
+            reader = self._reader(first % n_processes, n_processes, reads)
+            samples = self._streamed(reader, reads)
         else:
-            samples = chain.from_iterable(self._indexed(number) for number in count(first, n_processes))
-        with closing(Reads(self._config.data.read_timeout, self._interrupted)) as self._reads:
-            while True:
-                try:
-                    batch = self._next_batch(samples)
-                    if worker is not None:
-                        batch = batch.share_memory()
-                except (SourceError, OSError) as error:
-                    # A returned error, unlike a raised one, arrives without the traceback of a loader process.
-                    yield from repeat(error)
-                reasons, self._reasons = self._reasons, {}
-                yield _Delivery(batch, reasons, reader.cursor if reader else None)
+            samples = chain.from_iterable(self._indexed(number, reads) for number in count(first, n_processes))
+        while True:
+            try:
+                batch = self._next_batch(samples)
+                if worker is not None:
+                    batch = batch.share_memory()
+            except (SourceError, OSError) as error:
+                # A returned error, unlike a raised one, arrives without the traceback of a loader process.
+                yield from repeat(error)
+            reasons, self._reasons = self._reasons, {}
+            yield _Delivery(batch, reasons, reader.cursor if reader else None)
 
     def _next_batch(self, samples: Iterator[tuple[tuple[int, ...], ndarray]]) -> Batch:
         size, patch_size = self._config.data.image_size, self._config.model.patch_size
@@ -293,7 +296,7 @@ class _Batches(IterableDataset):
         side = size // patch_size
         return Batch(images, sample_masks(self._config.masking, (side, side), rngs), list(self._reasons))
 
-    def _indexed(self, micro_batch: int) -> Iterator[tuple[tuple[int, ...], ndarray]]:
+    def _indexed(self, micro_batch: int, reads: Callable) -> Iterator[tuple[tuple[int, ...], ndarray]]:
         """Keys and pixels of the samples of one micro-batch."""
         n, batch_size = len(self._source), self._config.optim.batch_size
         local = batch_size // self._world_size
@@ -304,8 +307,7 @@ class _Batches(IterableDataset):
             index = _permutation(self._config.run.seed, epoch, n)[sample % n]
             for candidate in chain(range(index, n), range(index)):
                 name = self._source.name(candidate)
-                read = attempt if isinstance(self._source, SyntheticImages) else partial(self._reads, name)
-                data = read(self._source.read, candidate)
+                data = reads(name, self._source.read, candidate)
                 pixels = self._pixels((epoch, index), name, data)
                 if pixels is not None:
                     yield (epoch, index), pixels
@@ -316,7 +318,7 @@ class _Batches(IterableDataset):
                     f"({name}: {self._reasons[name]})"
                 )
 
-    def _reader(self, process: int, n_processes: int) -> ShardReader:
+    def _reader(self, process: int, n_processes: int, reads: Callable) -> ShardReader:
         return ShardReader(
             self._source,
             seed=self._config.run.seed,
@@ -324,9 +326,10 @@ class _Batches(IterableDataset):
             n_readers=self._world_size * n_processes,
             buffer=max(1, self._config.data.shuffle_buffer // n_processes),
             cursor=self._cursors[process],
+            reads=reads,
         )
 
-    def _streamed(self, reader: ShardReader) -> Iterator[tuple[tuple[int, ...], ndarray]]:
+    def _streamed(self, reader: ShardReader, reads: Callable) -> Iterator[tuple[tuple[int, ...], ndarray]]:
         """Keys and pixels of a reader's samples, endlessly."""
         while True:
             epoch, found = reader.cursor.epoch, False
@@ -338,7 +341,7 @@ class _Batches(IterableDataset):
                     yield key, pixels
             if not found:
                 # This reader's share may hold nothing; that the whole source does must not go unnoticed.
-                next(_readable(self._source, self._config.data.image_size))
+                next(_readable(self._source, self._config.data.image_size, reads))
 
     def _pixels(self, key: tuple[int, ...], name: str, data: Encoded) -> UInt8[ndarray, "size size 3"] | None:
         """A random crop of one image; None, and a note of the reason, where it is unreadable."""
@@ -367,21 +370,21 @@ def evaluation_images(config: Config, n: int) -> UInt8[Tensor, "n 3 size size"]:
     there are fewer than `n`. Raises as ImageStream does.
     """
     source, size = open_source(config), config.data.image_size
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), closing(Reads(config.data.read_timeout)) as reads:
         warnings.simplefilter("ignore")
         if isinstance(source, ShardedSource):
-            images = islice(cycle(_readable(source, size)), n)
+            images = islice(cycle(_readable(source, size, reads)), n)
         else:
-            images = (next(_readable(source, size, i * len(source) // n)) for i in range(n))
+            images = (next(_readable(source, size, reads, i * len(source) // n)) for i in range(n))
         return torch.from_numpy(np.stack(list(images)).transpose(0, 3, 1, 2).copy())
 
 
 def _readable(
-    source: IndexedSource | ShardedSource, size: int, start: int = 0
+    source: IndexedSource | ShardedSource, size: int, reads: Callable, start: int = 0
 ) -> Iterator[UInt8[ndarray, "size size 3"]]:
     """Centre crops of the readable images, in order, an indexed source's from `start`; SourceError if there is none."""
     n_read, found, reasons = 0, False, []
-    for name, data in in_order(source, start):
+    for name, data in in_order(source, start, reads):
         pixels = attempt(crop, data, size, centre_box)
         n_read += 1
         if not isinstance(pixels, Exception):

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from capi.retry import attempt
+
 Result = TypeVar("Result")
 
 POLL_SECONDS = 1.0
@@ -17,9 +19,22 @@ class Interrupted(BaseException):
     """Who waits for images was asked to stop. Not an Exception, which foreign data may raise and which is forgiven."""
 
 
+class StuckError(TimeoutError):
+    """A read that has not returned."""
+
+
+class HungError(TimeoutError):
+    """So many reads in a row have not returned that the source must be gone."""
+
+
 def never() -> bool:
     """The answer of a caller that has no reason to stop waiting."""
     return False
+
+
+def at_once(_: str, read: Callable[..., Result], *args) -> Result | Exception:
+    """As Reads, of what cannot get stuck."""
+    return attempt(read, *args)
 
 
 class Reads:
@@ -37,16 +52,16 @@ class Reads:
         self._stuck_in_a_row = 0
 
     def __call__(self, name: str, read: Callable[..., Result], *args) -> Result | Exception:
-        """What `read(*args)` returns, or the exception that it raises; a TimeoutError where it does not return in time.
+        """What `read(*args)` returns, or the exception that it raises; a StuckError where it does not return in time.
 
         A name whose read is still stuck is not tried again.
 
         Raises:
-            TimeoutError: eight reads in a row did not return in time.
+            HungError: eight reads in a row did not return in time.
             Interrupted: `interrupted()` said so.
         """
         if name in self._stuck and self._stuck[name].is_alive():
-            return TimeoutError("an earlier read has not returned yet")
+            return StuckError("an earlier read has not returned yet")
         if self._reader is None:
             self._reader = _Reader()
         self._reader.requests.put((read, args))
@@ -63,10 +78,10 @@ class Reads:
         self._reader.requests.put(None)
         self._stuck[name], self._reader = self._reader, None
         self._stuck_in_a_row += 1
-        reason = f"expected to be read within {self._seconds:g} s (data.read_timeout), has not returned yet"
-        if self._stuck_in_a_row == _MAX_STUCK_IN_A_ROW:
-            raise TimeoutError(f"{_MAX_STUCK_IN_A_ROW} reads in a row are stuck, the last of them {name}: {reason}")
-        return TimeoutError(reason)
+        reason = f"expected to be read within {self._seconds:g} s (data.read_timeout)"
+        if self._stuck_in_a_row >= _MAX_STUCK_IN_A_ROW:
+            raise HungError(f"{_MAX_STUCK_IN_A_ROW} reads in a row are stuck, the last of them {name}: {reason}")
+        return StuckError(reason)
 
     def close(self) -> None:
         """Ends the thread."""
@@ -85,9 +100,5 @@ class _Reader(threading.Thread):
     def run(self) -> None:
         while (request := self.requests.get()) is not None:
             read, args = request
-            try:
-                result = read(*args)
-            except Exception as error:
-                result = error
-            self.results.put(result)
-            del request, args, result  # Nothing is held while waiting for the next.
+            self.results.put(attempt(read, *args))
+            del request, read, args  # Nothing is held while waiting for the next.

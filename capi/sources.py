@@ -1,6 +1,6 @@
 """Where images come from: sources with random access, and sources of shards that are streamed."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain, islice
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from capi.config import Config
 from capi.folder import ImageFolder
 from capi.listing import IMAGE_EXTENSIONS as IMAGE_EXTENSIONS
 from capi.listing import SourceError as SourceError
-from capi.retry import attempt
+from capi.reading import HungError, StuckError, at_once
 from capi.seeding import Purpose, generator
 from capi.shards import HubShards, TarShards
 from capi.synthetic import SyntheticScenes
@@ -97,8 +97,18 @@ class ShardReader:
     so a position in the stream is five integers, and going back to it reads at most two blocks again.
     """
 
-    def __init__(self, source: ShardedSource, *, seed: int, reader: int, n_readers: int, buffer: int, cursor: Cursor):
-        self.cursor = cursor
+    def __init__(
+        self,
+        source: ShardedSource,
+        *,
+        seed: int,
+        reader: int,
+        n_readers: int,
+        buffer: int,
+        cursor: Cursor,
+        reads: Callable = at_once,
+    ):
+        self.cursor, self._reads = cursor, reads
         self._source, self._seed, self._buffer = source, seed, buffer
         self._reader, self._n_readers = reader, n_readers
 
@@ -129,12 +139,26 @@ class ShardReader:
             start = first_position if unit == first_unit else 0
             position = -1
             try:
-                for position, (name, read) in enumerate(self._source.shard(shard)):
+                for position, (name, read) in enumerate(_members(self._source, shard, self._reads)):
                     if position >= start and position % n_parts == part:
-                        yield Sample(unit, shard, position, name, attempt(read))
+                        data = self._reads(name, read)
+                        yield Sample(unit, shard, position, name, data)
+                        if isinstance(data, StuckError):
+                            raise data  # The shard cannot be read on beside it.
+            except HungError:
+                raise
             except Exception as error:
                 # Whatever a broken shard makes its reader raise ends that shard alone.
                 yield Sample(unit, shard, position + 1, _broken(self._source, shard, position + 1), error)
+
+
+def _members(source: ShardedSource, shard: int, reads: Callable) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """What `source.shard(shard)` yields; to find the next is a read too."""
+    members = source.shard(shard)
+    while (member := reads(source.shard_name(shard), next, members, None)) is not None:
+        if isinstance(member, Exception):
+            raise member
+        yield member
 
 
 def _broken(source: ShardedSource, shard: int, n_images: int) -> str:
@@ -143,18 +167,23 @@ def _broken(source: ShardedSource, shard: int, n_images: int) -> str:
 
 
 def in_order(
-    source: IndexedSource | ShardedSource, start: int = 0
+    source: IndexedSource | ShardedSource, start: int = 0, reads: Callable = at_once
 ) -> Iterator[tuple[str, bytes | ndarray | Exception]]:
     """Name and `Sample.data` of every image of the source once; an indexed source from `start` on and round to it."""
     if isinstance(source, IndexedSource):
         for index in chain(range(start, len(source)), range(start)):
-            yield source.name(index), attempt(source.read, index)
+            yield source.name(index), reads(source.name(index), source.read, index)
         return
     for shard in range(source.n_shards):
         n_images = 0
         try:
-            for name, read in source.shard(shard):
-                yield name, attempt(read)
+            for name, read in _members(source, shard, reads):
+                data = reads(name, read)
+                yield name, data
                 n_images += 1
+                if isinstance(data, StuckError):
+                    raise data
+        except HungError:
+            raise
         except Exception as error:
             yield _broken(source, shard, n_images), error

@@ -1,12 +1,15 @@
 """Loader processes that die, hang or have too little memory: one line says so, within seconds."""
 
+import io
 import multiprocessing
 import os
 import signal
 import socket
+import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,10 +21,11 @@ from images import encoded
 from PIL import Image
 
 from capi.config import Config
-from capi.data import Batch, ImageStream
+from capi.data import Batch, ImageStream, evaluation_images
 from capi.loader import LoaderError, affordable_prefetch
 from capi.prefetch import DevicePrefetcher
-from capi.reading import Interrupted, Reads
+from capi.reading import HungError, Interrupted, Reads, StuckError
+from capi.shards import TarShards
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # More processes than cores, on purpose.
 
@@ -134,9 +138,42 @@ class TestStuckRead:
         assert shown == [[0, 2, 2, 3]] * 6
         assert stream.n_skipped == 1
         (message,) = [record.getMessage() for record in caplog.records if stuck in record.getMessage()]
-        assert "TimeoutError: expected to be read within 0.2 s (data.read_timeout)" in message
+        assert "StuckError: expected to be read within 0.2 s (data.read_timeout)" in message
         # Tried once by each process, and not again as long as that read has not returned.
         assert time.monotonic() - began < 10
+
+    @pytest.mark.parametrize("num_workers", [0, 1])
+    @pytest.mark.parametrize("place", ["between two members", "within a member"])
+    def test_ends_its_shard_alone(self, tmp_path: Path, monkeypatch, caplog, place: str, num_workers: int):
+        for shard in range(2):
+            with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
+                for i in range(4):
+                    data = encoded(Image.new("RGB", (9, 9), (4 * shard + i,) * 3))
+                    info = tarfile.TarInfo(f"{i}.png")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+        released, members_of = threading.Event(), TarShards.shard
+
+        def shard(source: TarShards, index: int) -> Iterator[tuple[str, Callable[[], bytes]]]:
+            for position, (name, read) in enumerate(members_of(source, index)):
+                is_stuck = (index, position) == (1, 1)
+                if is_stuck and place.startswith("between"):
+                    released.wait(30)
+                yield name, partial(released.wait, 30) if is_stuck else read
+
+        monkeypatch.setattr(TarShards, "shard", shard)
+        config = make_config(f"wds:{tmp_path}/*.tar", num_workers=num_workers, read_timeout=0.2)
+        batches = ImageStream(config).batches()
+        shown = {number for batch in islice(batches, 4) for number in batch.images[:, 0, 0, 0].tolist()}
+        batches.close()
+        released.set()
+        assert shown == {0, 1, 2, 3, 4}
+        n_images = 1 if place.startswith("between") else 2
+        assert f"{tmp_path}/1.tar after {n_images} images: StuckError: expected to be read within 0.2 s" in caplog.text
+
+    def test_does_not_hold_the_pictures(self, folder: Path, stuck: str):
+        config = make_config(f"folder:{folder}", read_timeout=0.2)
+        assert evaluation_images(config, 4)[:, 0, 0, 0].tolist() == [0, 2, 2, 3]
 
     @pytest.mark.parametrize("num_workers", [0, 1])
     def test_can_be_interrupted(self, folder: Path, stuck: str, num_workers: int):
@@ -190,12 +227,12 @@ class TestReads:
         released = threading.Event()
         reads = Reads(0.05)
         late = reads("late", lambda: released.wait(30) and "late")
-        assert isinstance(late, TimeoutError)
-        assert isinstance(reads("late", lambda: "not asked"), TimeoutError)
+        assert isinstance(late, StuckError)
+        assert isinstance(reads("late", lambda: "not asked"), StuckError)
         released.set()
         assert [reads(name, lambda n=name: n) for name in "abc"] == ["a", "b", "c"]
         deadline = time.monotonic() + 10
-        while isinstance(answer := reads("late", lambda: "again"), TimeoutError) and time.monotonic() < deadline:
+        while isinstance(answer := reads("late", lambda: "again"), StuckError) and time.monotonic() < deadline:
             time.sleep(0.01)
         assert answer == "again"
         reads.close()
@@ -205,7 +242,7 @@ class TestReads:
             (folder / f"{number}.png").touch()
         released = threading.Event()
         monkeypatch.setattr(Path, "read_bytes", lambda _: released.wait(30) and b"")
-        with pytest.raises(TimeoutError, match=r"8 reads in a row are stuck, the last of them .*\.png"):
+        with pytest.raises(HungError, match=r"8 reads in a row are stuck, the last of them .*\.png"):
             next(iter(ImageStream(make_config(f"folder:{folder}", read_timeout=0.02))))
         released.set()
 
