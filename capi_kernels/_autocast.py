@@ -9,6 +9,8 @@ LIBRARY = torch.library.Library("capi_kernels", "FRAGMENT")  # What it registers
 
 def cast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the dtype of autocast where it is on for their device; float64 stays, as PyTorch has it."""
+    if not all(isinstance(x, Tensor) for x in tensors):
+        return tensors  # For the checks to refuse.
     device_type = tensors[0].device.type
     if device_type not in KEYS or not torch.is_autocast_enabled(device_type):
         return tensors
