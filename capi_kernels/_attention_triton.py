@@ -14,13 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from capi_kernels._capability import TARGETS, configured_as
 from capi_kernels._rotary_triton import load_channels, load_rotated, padded, store_channels, store_unrotated
 
 LOG2_E = 1.4426950408889634
 RESIDENT_KEYS = 128  # The longest context that one tile of keys holds.
 ENOUGH_PROGRAMS = 1024  # To keep a GPU busy; beyond, a program takes several heads.
 HEAD_DIMS = (16, 32, 64, 80, 96, 128)  # What is compiled offline; any up to 128 runs.
-TARGETS = (80, 90, 100)  # Likewise: compute capabilities times ten.
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 INDEX_BLOCK = tl.constexpr(1024)
 
@@ -130,14 +130,6 @@ def operands(
     return Operands(*map(as_operand, (q, k, v)), *others, max_seqlen_q, max_seqlen_k, scale)
 
 
-def capability(device: torch.device) -> int:
-    """Compute capability times ten; that of an H100 for the interpreter."""
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
 def compile_case(
     kernel: Callable, dtype: torch.dtype, head_dim: int, config: Config, indexed: bool = False
 ) -> tuple[str, Callable, dict, dict]:
@@ -163,9 +155,14 @@ def compile_case(
 
 
 def compile_cases(
-    kernel: Callable, dtype: torch.dtype, head_dim: int, configs: dict[int, Config | None], indexed: bool = False
+    kernel: Callable,
+    dtype: torch.dtype,
+    head_dim: int,
+    config_of: Callable[[int], Config | None],
+    indexed: bool = False,
 ) -> list[tuple]:
-    """One entry for each configuration of a few capabilities, with the capabilities that it is launched on."""
+    """One entry for each configuration that some capabilities have, with the capabilities that it is launched on."""
+    configs = {target: config_of(configured_as(target)) for target in TARGETS}
     return [
         (*compile_case(kernel, dtype, head_dim, config, indexed), [x for x in configs if configs[x] == config])
         for config in dict.fromkeys(configs.values())

@@ -18,8 +18,10 @@ def dtype_under_autocast(x: Tensor) -> torch.dtype:
 
 
 def cast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the dtype of autocast; others than floating tensors stay for the checks to refuse."""
-    return tuple(x.to(dtype_under_autocast(x)) if x.is_floating_point() else x for x in tensors)
+    """The tensors in the dtype of autocast; what is no floating tensor stays for the checks to refuse."""
+    return tuple(
+        x.to(dtype_under_autocast(x)) if isinstance(x, Tensor) and x.is_floating_point() else x for x in tensors
+    )
 
 
 def autocast_off(device_type: str) -> AbstractContextManager:

@@ -19,8 +19,14 @@ def resolve_group(process_group: ProcessGroup | str | None) -> ProcessGroup | No
     raise TypeError(f'process_group must be "world", a ProcessGroup or None, got {process_group!r}')
 
 
+def check_is_tensor(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {torch.typename(x)}")
+
+
 def check_tensor(name: str, x: Tensor, axes: str, *, like: tuple[str, Tensor] | None = None) -> None:
     """A floating tensor with these axes (a leading `...` stands for any), on the device and of the type of `like`."""
+    check_is_tensor(name, x)
     names = axes.removeprefix("... ").split()
     if not x.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {x.dtype}")
@@ -33,11 +39,13 @@ def check_tensor(name: str, x: Tensor, axes: str, *, like: tuple[str, Tensor] | 
 
 
 def check_device(name: str, x: Tensor, like: tuple[str, Tensor]) -> None:
+    check_is_tensor(name, x)
     if x.device != like[1].device:
         raise ValueError(f"{name} must be on the device of {like[0]}, {like[1].device}, got {x.device}")
 
 
 def check_shape(name: str, x: Tensor, **axes: int) -> None:
+    check_is_tensor(name, x)
     if tuple(x.shape) != tuple(axes.values()):
         expected = ", ".join(f"{axis}={size}" for axis, size in axes.items())
         raise ValueError(f"{name} must have the shape [{expected}], got {tuple(x.shape)}")
@@ -78,6 +86,7 @@ def check_sinkhorn_options(n_iterations: int, eps: float) -> None:
 
 def check_index(name: str, index: Tensor, below: int, like: tuple[str, Tensor]) -> None:
     """One-dimensional indices in [0, below); values are looked at on a CPU, uncompiled."""
+    check_is_tensor(name, index)
     if index.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be torch.int32 or torch.int64, got {index.dtype}")
     if index.ndim != 1:
@@ -127,6 +136,7 @@ def check_rotary(names: tuple[str, str], cos: Tensor | None, sin: Tensor | None,
     for name, table in zip(names, (cos, sin), strict=True):
         if table is None:
             raise ValueError(f"{names[0]} and {names[1]} must both be given or both be None, got {name} = None")
+        check_is_tensor(name, table)
         if table.dtype not in (torch.float32, allowed):
             raise TypeError(f"{name} must be {allowed}, got {table.dtype}")
         check_shape(name, table, tokens=x.shape[0], head_dim=x.shape[2])
@@ -139,6 +149,7 @@ def check_cu_seqlens(
     name: str, cu_seqlens: Tensor, max_name: str, max_seqlen: int, tokens: int, like: tuple[str, Tensor]
 ) -> None:
     """int32 [groups + 1] from 0 to the token count without decreasing; values are looked at on a CPU, uncompiled."""
+    check_is_tensor(name, cu_seqlens)
     if cu_seqlens.dtype != torch.int32:
         raise TypeError(f"{name} must be torch.int32, got {cu_seqlens.dtype}")
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:

@@ -15,14 +15,13 @@ from capi_kernels._checks import check_heads, check_rotary, check_shape, check_t
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, out: Tensor, transpose: bool = False) -> Tensor:
     """Write x cos + rotate_half(x) sin, the tables broadcast, or the transpose of that map of x, to out."""
-    wide, y = (
-        x.to(cos.dtype),
-        out if out.dtype == cos.dtype else torch.empty(out.shape, dtype=cos.dtype, device=out.device),
-    )
+    wide = torch.promote_types(x.dtype, cos.dtype)
+    x, cos, sin = x.to(wide), cos.to(wide), sin.to(wide)
+    y = out if out.dtype == wide else torch.empty(out.shape, dtype=wide, device=out.device)
     half = x.shape[-1] // 2
-    x1, x2, y1, y2 = wide[..., :half], wide[..., half:], y[..., :half], y[..., half:]
+    x1, x2, y1, y2 = x[..., :half], x[..., half:], y[..., :half], y[..., half:]
     s1, s2 = sin[..., :half], sin[..., half:]
-    torch.mul(wide, cos, out=y)
+    torch.mul(x, cos, out=y)
     if transpose:
         y1.addcmul_(x2, s2)
         y2.addcmul_(x1, s1, value=-1)
@@ -37,11 +36,14 @@ class _Rotary(torch.autograd.Function):
     def forward(ctx: FunctionCtx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
         ctx.save_for_backward(cos, sin)
+        ctx.set_materialize_grads(False)
         return rotate(x, cos, sin, out=torch.empty(x.shape, dtype=x.dtype, device=x.device))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: FunctionCtx, dy: Tensor | None) -> tuple[Tensor | None, None, None]:
+        if dy is None:
+            return None, None, None
         cos, sin = ctx.saved_tensors
         dx = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
         return rotate(dy, cos, sin, out=dx, transpose=True), None, None
@@ -60,7 +62,7 @@ def rotary_tables(
         cos and sin, [tokens, head_dim].
 
     Raises:
-        TypeError: coords or freqs that are not floating point.
+        TypeError: coords or freqs that are no tensors of floating point.
         ValueError: other shapes.
     """
     check_tensor("coords", coords, "tokens 2")
@@ -81,7 +83,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Float[Tensor, "tokens h
         [tokens, heads, head_dim] in the dtype of x.
 
     Raises:
-        TypeError: x that is not floating point, tables of another dtype.
+        TypeError: x that is no tensor of floating point, tables of another dtype.
         ValueError: other shapes or devices, an odd head_dim.
     """
     check_heads("x", x, "tokens")

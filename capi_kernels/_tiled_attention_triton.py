@@ -10,6 +10,7 @@ Tensors in float32 come here whatever their lengths: a whole tile of their keys 
 without the matrix unit take longer than the reads that it would save.
 """
 
+from functools import partial
 from itertools import product
 from typing import no_type_check
 
@@ -20,10 +21,8 @@ from torch import Tensor
 
 from capi_kernels._attention_triton import (
     HEAD_DIMS,
-    TARGETS,
     Config,
     Operands,
-    capability,
     compile_case,
     compile_cases,
     count_readers,
@@ -32,6 +31,7 @@ from capi_kernels._attention_triton import (
     next_reader,
     store_stats,
 )
+from capi_kernels._capability import capability
 from capi_kernels._rotary_triton import (
     ROTATE_TOKENS,
     load_channels,
@@ -379,8 +379,8 @@ def _compile_cases() -> list:
                 config = forward_config(dtype, head_dim, queries)
                 cases.append(compile_case(tiled_forward_kernel, dtype, head_dim, config, indexed))
             cases.append(compile_case(tiled_dq_kernel, dtype, head_dim, dq_config(dtype, head_dim), indexed))
-            configs = {target: dkdv_config(dtype, head_dim, target) for target in TARGETS}
-            cases += compile_cases(tiled_dkdv_kernel, dtype, head_dim, configs, indexed)
+            config_of = partial(dkdv_config, dtype, head_dim)
+            cases += compile_cases(tiled_dkdv_kernel, dtype, head_dim, config_of, indexed)
     return cases
 
 

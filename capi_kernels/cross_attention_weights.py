@@ -14,7 +14,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from capi_kernels._autocast import cast_inputs, register_autocast
 from capi_kernels._checks import check_heads, check_shape, check_tensor
-from capi_kernels._padded_attention import (
+from capi_kernels._padded_weights import (
     padded_attention_weights,
     padded_attention_weights_backward,
     padded_operands,
@@ -82,7 +82,9 @@ def _setup_context(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(output, *tensors)
 
 
-def _backward(ctx: FunctionCtx, dweights: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: FunctionCtx, dweights: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dweights is None:
+        return (None,) * 12
     grads = torch.ops.capi_kernels.cross_attention_weights_backward(dweights, *ctx.saved_tensors, *ctx.options)
     return *grads, *[None] * 10
 
@@ -143,7 +145,7 @@ def cross_attention_weights(
         and Triton kernels serve float16 and bfloat16 up to 128 keys a context; other cases are PyTorch's operations.
 
     Raises:
-        TypeError: another dtype.
+        TypeError: what is no tensor, or another dtype.
         ValueError: other shapes or devices, an odd head_dim under a rotary embedding, a maximum that is too small, a
             scale that is not positive and finite, groups and contexts that differ in number without kv_index,
             cu_seqlens that do not start at 0, decrease, or do not end at the token count, kv_index out of range (values

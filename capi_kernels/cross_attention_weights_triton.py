@@ -5,7 +5,7 @@
 Keys fill the long side of the matrix instructions (S^T = K Q^T), queries are padded to 16. A program holds all keys of
 a context; in the backward it meets the groups that read them in order: no atomics, one result. Never written to memory:
 scores, their gradients, the rotated q and k. Longer contexts, and float32, whose products take no matrix unit, are left
-to PyTorch's operations (`_padded_attention`).
+to PyTorch's operations (`_padded_weights`).
 """
 
 from itertools import product
@@ -27,7 +27,7 @@ from capi_kernels._attention_triton import (
     next_reader,
     operands,
 )
-from capi_kernels._padded_attention import (
+from capi_kernels._padded_weights import (
     padded_attention_weights,
     padded_attention_weights_backward,
     padded_operands,

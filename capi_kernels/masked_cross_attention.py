@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from capi_kernels._attention_cpu import attention, attention_backward
 from capi_kernels._autocast import cast_inputs, register_autocast
 from capi_kernels._checks import (
     check_cu_seqlens,
@@ -20,21 +21,13 @@ from capi_kernels._checks import (
     check_shape,
     check_tensor,
 )
-from capi_kernels._padded_attention import (
-    padded_attention,
-    padded_attention_backward,
-    padded_operands,
-    padded_shapes,
-    shape_of,
-    unpad,
-)
 
 OPERANDS = (
     "Tensor q, Tensor k, Tensor v, Tensor? q_cos, Tensor? q_sin, Tensor? k_cos, Tensor? k_sin, Tensor cu_seqlens_q,"
     " Tensor cu_seqlens_k, Tensor? kv_index, SymInt max_seqlen_q, SymInt max_seqlen_k, float scale"
 )
 OP = "capi_kernels::masked_cross_attention"
-# Saved are rotated copies and the weights on a CPU, two numbers a row on a GPU. dk and dv come in one buffer.
+# Saved is what of each row the backward needs: one number on a CPU, two on a GPU. dk and dv come in one buffer.
 torch.library.define(OP, f"({OPERANDS}) -> (Tensor out, Tensor[] saved)")
 torch.library.define(
     f"{OP}_backward", f"(Tensor do, Tensor out, Tensor[] saved, {OPERANDS}) -> (Tensor dq, Tensor dkv)"
@@ -44,21 +37,18 @@ register_autocast(OP, 3)
 
 @torch.library.impl(OP, "CPU")
 def _(q, k, v, *operands):
-    *tables, cu_seqlens_q, cu_seqlens_k, kv_index, max_seqlen_q, max_seqlen_k, scale = operands
-    where = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
-    tables, layouts = padded_operands(q, k, tables, *where)
-    return padded_attention(q, k, v, tables, layouts, kv_index, scale)
+    *tables, cu_seqlens_q, cu_seqlens_k, kv_index, _, _, scale = operands
+    out, logsumexp = attention(q, k, v, tables, (cu_seqlens_q, cu_seqlens_k, kv_index), scale)
+    return out, [logsumexp]
 
 
 @torch.library.impl(f"{OP}_backward", "CPU")
 def _(do, out, saved, q, k, v, *operands):
-    *tables, cu_seqlens_q, cu_seqlens_k, kv_index, max_seqlen_q, max_seqlen_k, scale = operands
-    where = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
-    tables, layouts = padded_operands(q, k, tables, *where)
-    dq = q.new_empty((layouts[0].groups, layouts[0].length, *q.shape[1:]))
-    dkv = k.new_empty((layouts[1].groups, layouts[1].length, 2, *k.shape[1:]))
-    padded_attention_backward(do, saved, tables, layouts, kv_index, scale, dq, *dkv.unbind(2))
-    return unpad(dq, layouts[0]), unpad(dkv, layouts[1])
+    *tables, cu_seqlens_q, cu_seqlens_k, kv_index, _, _, scale = operands
+    where = (cu_seqlens_q, cu_seqlens_k, kv_index)
+    dq, dkv = q.new_zeros(q.shape), k.new_zeros((len(k), 2, *k.shape[1:]))
+    attention_backward(do, out, *saved, q, k, v, tables, where, scale, dq, *dkv.unbind(1))
+    return dq, dkv
 
 
 @torch.library.impl(OP, "CUDA")
@@ -80,12 +70,12 @@ def _(do, out, saved, *operands):
 
 @torch.library.register_fake(OP)
 def _(q, k, v, q_cos, q_sin, k_cos, k_sin, cu_seqlens_q, cu_seqlens_k, kv_index, max_seqlen_q, max_seqlen_k, scale):
-    queries, heads, head_dim = q.shape
+    queries, heads, _ = q.shape
     if q.device.type == "cpu":
-        groups = cu_seqlens_q.shape[0] - 1  # len would fix the number.
-        shapes = padded_shapes(groups, heads, max_seqlen_q, max_seqlen_k, head_dim)
-        return q.new_empty(q.shape), [q.new_empty(shape) for shape in shapes]
-    return q.new_empty(q.shape), [q.new_empty((2, heads, queries), dtype=torch.float32)]
+        saved = q.new_empty((queries, heads), dtype=torch.promote_types(q.dtype, torch.float32))
+    else:
+        saved = q.new_empty((2, heads, queries), dtype=torch.float32)
+    return q.new_empty(q.shape), [saved]
 
 
 @torch.library.register_fake(f"{OP}_backward")
@@ -98,8 +88,6 @@ def _setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
     *tensors, max_seqlen_q, max_seqlen_k, scale = inputs
     ctx.options = max_seqlen_q, max_seqlen_k, scale
     out, *saved = output
-    if out.device.type == "cpu":  # There `saved` holds all that the backward reads.
-        tensors = [x if x is None or x.ndim < 3 else shape_of(x) for x in tensors]
     if isinstance(saved[0], list):  # From the op itself.
         (saved,) = saved
     else:
@@ -108,7 +96,9 @@ def _setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*tensors, out, *saved)
 
 
-def _backward(ctx: FunctionCtx, do: Tensor, *_) -> tuple[Tensor | None, ...]:
+def _backward(ctx: FunctionCtx, do: Tensor | None, *_) -> tuple[Tensor | None, ...]:
+    if do is None:
+        return (None,) * 13
     everything = ctx.saved_tensors  # May be asked for only once.
     *tensors, out = everything[:11]
     saved = everything[11:]
@@ -152,6 +142,8 @@ class _KVPacked(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, do, *_):
+        if do is None:
+            return (None,) * 12
         everything = ctx.saved_tensors
         q, kv, *tensors, out = everything[:10]
         operands = (q, *kv.unbind(1), *tensors, *ctx.options)
@@ -221,7 +213,7 @@ def masked_cross_attention(
         gradients to q, k and v (zero in contexts that nobody reads).
 
     Raises:
-        TypeError: another dtype, or float64 on a GPU.
+        TypeError: what is no tensor, another dtype, or float64 on a GPU.
         ValueError: other shapes or devices, an odd head_dim under a rotary embedding, a maximum that is too small, a
             scale that is not positive and finite, groups and contexts that differ in number without kv_index,
             cu_seqlens that do not start at 0, decrease, or do not end at the token count, kv_index out of range (values

@@ -6,6 +6,7 @@ neither scores nor weights nor rotated q and k; longer contexts, and float32, pa
 In the backward one program owns the keys of a context and meets the groups that read it in order: no atomics.
 """
 
+from functools import partial
 from itertools import product
 from typing import no_type_check
 
@@ -17,12 +18,10 @@ from torch import Tensor
 from capi_kernels._attention_triton import (
     HEAD_DIMS,
     RESIDENT_KEYS,
-    TARGETS,
     Config,
     Operands,
     as_operand,
     backward_config,
-    capability,
     compile_cases,
     heads_per_program,
     new_output,
@@ -31,6 +30,7 @@ from capi_kernels._attention_triton import (
     resident_backward_kernel,
     store_stats,
 )
+from capi_kernels._capability import capability
 from capi_kernels._rotary_triton import load_channels, load_rotated, store_channels
 from capi_kernels._tiled_attention_triton import tiled_backward, tiled_forward
 
@@ -193,10 +193,10 @@ def _compile_cases() -> list:
         (torch.bfloat16, torch.float16), HEAD_DIMS, (64, 128), (False, True)
     ):
         for queries in (16, 128):
-            configs = {target: forward_config(dtype, head_dim, queries, context, target) for target in TARGETS}
-            cases += compile_cases(keys_first_forward_kernel, dtype, head_dim, configs, indexed)
-        configs = {target: backward_config(dtype, head_dim, context, indexed, target) for target in TARGETS}
-        cases += compile_cases(resident_backward_kernel, dtype, head_dim, configs, indexed)
+            config_of = partial(forward_config, dtype, head_dim, queries, context)
+            cases += compile_cases(keys_first_forward_kernel, dtype, head_dim, config_of, indexed)
+        config_of = partial(backward_config, dtype, head_dim, context, indexed)
+        cases += compile_cases(resident_backward_kernel, dtype, head_dim, config_of, indexed)
     return cases
 
 

@@ -206,6 +206,39 @@ def _padded(cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> tuple[Tensor, T
     return place.where(mask, tokens), mask
 
 
+def _attention_weights(
+    q: Float[Tensor, "queries heads head_dim"],
+    k: Float[Tensor, "context heads head_dim"],
+    q_cos: Float[Tensor, "queries head_dim"] | None,
+    q_sin: Float[Tensor, "queries head_dim"] | None,
+    k_cos: Float[Tensor, "context head_dim"] | None,
+    k_sin: Float[Tensor, "context head_dim"] | None,
+    cu_seqlens_q: Int[Tensor, " groups_plus_1"],
+    cu_seqlens_k: Int[Tensor, " contexts_plus_1"],
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    kv_index: Int[Tensor, " groups"] | None = None,
+    scale: float | None = None,
+) -> Float[Tensor, "groups heads max_seqlen_q max_seqlen_k"]:
+    """`cross_attention_weights` in float32 or wider."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if q_cos is not None:
+        q = apply_rotary(q, q_cos, q_sin)
+    if k_cos is not None:
+        k = apply_rotary(k, k_cos, k_sin)
+    place_q, mask_q = _padded(cu_seqlens_q, max_seqlen_q, q.shape[0])
+    place_k, mask_k = _padded(cu_seqlens_k, max_seqlen_k, k.shape[0])
+    if kv_index is not None:
+        place_k, mask_k = place_k[kv_index], mask_k[kv_index]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q, k = (F.pad(x.to(wide), (0, 0, 0, 0, 0, 1)) for x in (q, k))  # a last token of zeros, for padding
+    scores = torch.einsum("gqhd,gkhd->ghqk", q[place_q], k[place_k]) * scale
+    # A finite score for padding: -inf would give NaN in a group without keys.
+    weights = scores.masked_fill(~mask_k[:, None, None, :], torch.finfo(scores.dtype).min).softmax(-1)
+    return weights.masked_fill(~(mask_q[:, None, :, None] & mask_k[:, None, None, :]), 0)
+
+
 def cross_attention_weights(
     q: Float[Tensor, "queries heads head_dim"],
     k: Float[Tensor, "context heads head_dim"],
@@ -221,21 +254,13 @@ def cross_attention_weights(
     kv_index: Int[Tensor, " groups"] | None = None,
     scale: float | None = None,
 ) -> Float[Tensor, "groups heads max_seqlen_q max_seqlen_k"]:
-    """P_ij = softmax_j(rope(q_i) . rope(k_j) scale) over the tokens j of the context that i's group reads, padded."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if q_cos is not None:
-        q = apply_rotary(q, q_cos, q_sin)
-    if k_cos is not None:
-        k = apply_rotary(k, k_cos, k_sin)
-    place_q, mask_q = _padded(cu_seqlens_q, max_seqlen_q, q.shape[0])
-    place_k, mask_k = _padded(cu_seqlens_k, max_seqlen_k, k.shape[0])
-    if kv_index is not None:
-        place_k, mask_k = place_k[kv_index], mask_k[kv_index]
-    q, k = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (q, k))  # a last token of zeros, for padding
-    scores = torch.einsum("gqhd,gkhd->ghqk", q[place_q], k[place_k]) * scale
-    # A finite score for padding: -inf would give NaN in a group without keys.
-    weights = scores.masked_fill(~mask_k[:, None, None, :], torch.finfo(scores.dtype).min).softmax(-1)
-    return weights.masked_fill(~(mask_q[:, None, :, None] & mask_k[:, None, None, :]), 0)
+    """P_ij = softmax_j(rope(q_i) . rope(k_j) scale) over the tokens j of the context that i's group reads, padded.
+
+    rope gives what `apply_rotary` does, in the type of the tokens; scores and softmax are in float32 or wider.
+    """
+    tables, cu_seqlens = (q_cos, q_sin, k_cos, k_sin), (cu_seqlens_q, cu_seqlens_k)
+    weights = _attention_weights(q, k, *tables, *cu_seqlens, max_seqlen_q, max_seqlen_k, kv_index=kv_index, scale=scale)
+    return weights.to(q.dtype)
 
 
 def masked_cross_attention(
@@ -254,18 +279,21 @@ def masked_cross_attention(
     kv_index: Int[Tensor, " groups"] | None = None,
     scale: float | None = None,
 ) -> Float[Tensor, "queries heads head_dim"]:
-    """o_i = sum_j softmax_j(rope(q_i) . rope(k_j) scale) v_j over the tokens j of the context that i's group reads."""
+    """o_i = sum_j softmax_j(rope(q_i) . rope(k_j) scale) v_j over the tokens j of the context that i's group reads.
+
+    rope gives what `apply_rotary` does, in the type of the tokens; scores, softmax and sum are in float32 or wider, and
+    the sum is rounded once.
+    """
     tables, cu_seqlens = (q_cos, q_sin, k_cos, k_sin), (cu_seqlens_q, cu_seqlens_k)
-    weights = cross_attention_weights(
-        q, k, *tables, *cu_seqlens, max_seqlen_q, max_seqlen_k, kv_index=kv_index, scale=scale
-    )
+    weights = _attention_weights(q, k, *tables, *cu_seqlens, max_seqlen_q, max_seqlen_k, kv_index=kv_index, scale=scale)
     place_k, _ = _padded(cu_seqlens_k, max_seqlen_k, k.shape[0])
     if kv_index is not None:
         place_k = place_k[kv_index]
-    padded = torch.einsum("ghqk,gkhd->gqhd", weights, F.pad(v, (0, 0, 0, 0, 0, 1))[place_k])
+    v = F.pad(v.to(weights.dtype), (0, 0, 0, 0, 0, 1))
+    padded = torch.einsum("ghqk,gkhd->gqhd", weights, v[place_k])
     token = torch.arange(q.shape[0], device=q.device)
     group = torch.searchsorted(cu_seqlens_q, token, right=True) - 1
-    return padded[group, token - cu_seqlens_q[group]]
+    return padded[group, token - cu_seqlens_q[group]].to(q.dtype)
 
 
 def visible_attention(

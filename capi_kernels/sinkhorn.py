@@ -378,9 +378,9 @@ def assignments_from_potentials(
     *slices, images, prototypes = logits.shape
     if rows is None:
         for name, x, last in zip(Potentials._fields, potentials, (prototypes, prototypes, images), strict=True):
+            check_device(name, x, ("logits", logits))
             if tuple(x.shape) != (*slices, last):
                 raise ValueError(f"{name} must have the shape {(*slices, last)}, got {tuple(x.shape)}")
-            check_device(name, x, ("logits", logits))
     else:
         check_chosen("rows", rows, potentials, prototypes, ("logits", logits))
         check_chosen_logits("logits", logits, potentials.row, rows, prototypes)

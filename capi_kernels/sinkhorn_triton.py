@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 from triton import next_power_of_2
 
+from capi_kernels._capability import TARGETS, capability, configured_as
 from capi_kernels.reference import SHIFT, Potentials
 
 MOST_IMAGES_IN_BLOCK = 512
@@ -44,7 +45,7 @@ def columns_config(images: int, prototypes: int, itemsize: int, capability: int)
     config = {"BLOCK_IMAGES": block_images, "BLOCK_PROTOTYPES": block_prototypes, "TILES": tiles, "EVEN": even}
     config |= {"STAGES": 2, "num_warps": warps, **COMPILER}
     # What keeps the assembler from spilling, which it does of its own accord at times.
-    return config | {"maxnreg": 128 if capability < 10 else 160} if even and warps == 8 else config
+    return config | {"maxnreg": 128 if capability < 100 else 160} if even and warps == 8 else config
 
 
 def first_sums_config(images: int, prototypes: int, itemsize: int) -> dict[str, int | bool]:
@@ -376,11 +377,6 @@ def check_supported(name: str, dtype: torch.dtype, prototypes: int) -> None:
         raise ValueError(f"on a GPU there must be at most {MOST_PROTOTYPES} prototypes, got {prototypes}")
 
 
-def capability(device: torch.device) -> int:
-    """The major compute capability; that of an H100 for the interpreter."""
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
-
-
 def log2_scale(temperature: float) -> float:
     return LOG2_E / temperature
 
@@ -692,7 +688,9 @@ def _compile_cases() -> list[tuple]:
         types, itemsize = common | {"logits_ptr": dtype}, 4 if dtype == "*fp32" else 2
         for images, prototypes in ((512, 16384), (500, 16384), (128, 4096), (128, 1000), (16, 1024), (1, 1)):
             name = f"{dtype[1:]}, {images} images, {prototypes} prototypes"
-            configs = {target: columns_config(images, prototypes, itemsize, target // 10) for target in (80, 90, 100)}
+            configs = {
+                target: columns_config(images, prototypes, itemsize, configured_as(target)) for target in TARGETS
+            }
             for first, row_sums in ((True, True), (False, True), (False, False)):
                 step = types | {"row_parts_ptr": "*fp32", "FIRST": first, "ROW_SUMS": row_sums}
                 what = f"{name}, {'first' if first else 'later'}{', row sums' if row_sums else ''}"

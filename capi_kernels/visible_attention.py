@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from capi_kernels._attention_cpu import attention, attention_backward
 from capi_kernels._autocast import cast_inputs, register_autocast
 from capi_kernels._checks import (
     check_cu_seqlens,
@@ -19,19 +20,10 @@ from capi_kernels._checks import (
     check_shape,
     check_tensor,
 )
-from capi_kernels._padded_attention import (
-    layout_of,
-    pad_tables,
-    padded_attention,
-    padded_attention_backward,
-    padded_shapes,
-    shape_of,
-    unpad,
-)
 
 OPERANDS = "Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, Tensor cu_seqlens, SymInt max_seqlen, float scale"
 OP = "capi_kernels::visible_attention"
-# Saved are rotated copies and the weights on a CPU, two numbers a row on a GPU. All gradients come in one buffer.
+# Saved is what of each row the backward needs: one number on a CPU, two on a GPU. All gradients come in one buffer.
 torch.library.define(OP, f"({OPERANDS}) -> (Tensor out, Tensor[] saved)")
 torch.library.define(f"{OP}_backward", f"(Tensor do, Tensor out, Tensor[] saved, {OPERANDS}) -> Tensor dqkv")
 register_autocast(OP, 3)
@@ -39,18 +31,16 @@ register_autocast(OP, 3)
 
 @torch.library.impl(OP, "CPU")
 def _(q, k, v, cos, sin, cu_seqlens, max_seqlen, scale):
-    layout = layout_of(cu_seqlens, max_seqlen, len(q))
-    tables = pad_tables((cos, sin), layout)
-    return padded_attention(q, k, v, tables * 2, (layout, layout), None, scale)
+    out, logsumexp = attention(q, k, v, (cos, sin) * 2, (cu_seqlens, cu_seqlens, None), scale)
+    return out, [logsumexp]
 
 
 @torch.library.impl(f"{OP}_backward", "CPU")
 def _(do, out, saved, q, k, v, cos, sin, cu_seqlens, max_seqlen, scale):
-    layout = layout_of(cu_seqlens, max_seqlen, len(q))
-    tables = pad_tables((cos, sin), layout)
-    dqkv = q.new_empty((layout.groups, layout.length, 3, *q.shape[1:]))
-    padded_attention_backward(do, saved, tables * 2, (layout, layout), None, scale, *dqkv.unbind(2))
-    return unpad(dqkv, layout)
+    dqkv = q.new_empty((len(q), 3, *q.shape[1:]))
+    where = (cu_seqlens, cu_seqlens, None)
+    attention_backward(do, out, *saved, q, k, v, (cos, sin) * 2, where, scale, *dqkv.unbind(1))
+    return dqkv
 
 
 @torch.library.impl(OP, "CUDA")
@@ -72,12 +62,12 @@ def _(do, out, saved, *operands):
 
 @torch.library.register_fake(OP)
 def _(q, k, v, cos, sin, cu_seqlens, max_seqlen, scale):
-    tokens, heads, head_dim = q.shape
+    tokens, heads, _ = q.shape
     if q.device.type == "cpu":
-        images = cu_seqlens.shape[0] - 1  # len would fix the number.
-        shapes = padded_shapes(images, heads, max_seqlen, max_seqlen, head_dim)
-        return q.new_empty(q.shape), [q.new_empty(shape) for shape in shapes]
-    return q.new_empty(q.shape), [q.new_empty((2, heads, tokens), dtype=torch.float32)]
+        saved = q.new_empty((tokens, heads), dtype=torch.promote_types(q.dtype, torch.float32))
+    else:
+        saved = q.new_empty((2, heads, tokens), dtype=torch.float32)
+    return q.new_empty(q.shape), [saved]
 
 
 @torch.library.register_fake(f"{OP}_backward")
@@ -89,8 +79,6 @@ def _(do, out, saved, q, *_):
 def _setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
     *tensors, ctx.max_seqlen, ctx.scale = inputs
     out, *saved = output
-    if out.device.type == "cpu":  # There `saved` holds all that the backward reads.
-        tensors = [x if x is None or x.ndim < 3 else shape_of(x) for x in tensors]
     if isinstance(saved[0], list):  # From the op itself.
         (saved,) = saved
     else:
@@ -99,7 +87,9 @@ def _setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*tensors, out, *saved)
 
 
-def _backward(ctx: FunctionCtx, do: Tensor, *_) -> tuple[Tensor | None, ...]:
+def _backward(ctx: FunctionCtx, do: Tensor | None, *_) -> tuple[Tensor | None, ...]:
+    if do is None:
+        return (None,) * 8
     q, k, v, cos, sin, cu_seqlens, out, *saved = ctx.saved_tensors
     operands = (q, k, v, cos, sin, cu_seqlens, ctx.max_seqlen, ctx.scale)
     dqkv = torch.ops.capi_kernels.visible_attention_backward(do, out, saved, *operands)
@@ -135,6 +125,8 @@ class _QKVPacked(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, do, *_):
+        if do is None:
+            return (None,) * 6
         qkv, cos, sin, cu_seqlens, out, *saved = ctx.saved_tensors
         operands = (*qkv.unbind(1), cos, sin, cu_seqlens, ctx.max_seqlen, ctx.scale)
         dqkv = torch.ops.capi_kernels.visible_attention_backward(do, out, saved, *operands)
@@ -167,7 +159,7 @@ def visible_attention(
         gradients to q, k and v.
 
     Raises:
-        TypeError: another dtype, or float64 on a GPU.
+        TypeError: what is no tensor, another dtype, or float64 on a GPU.
         ValueError: other shapes or devices, an odd head_dim under a rotary embedding, a max_seqlen that is too small, a
             scale that is not positive and finite, cu_seqlens that do not start at 0, decrease, or do not end at the
             token count (values are looked at on a CPU only), on a GPU a head_dim above 128.

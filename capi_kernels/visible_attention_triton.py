@@ -4,6 +4,7 @@ Up to 128 tokens an image a program holds all keys and values of a head, forward
 float32, pass in tiles (`_tiled_attention_triton`). Never written to memory: scores, weights, rotated q and k of others.
 """
 
+from functools import partial
 from itertools import product
 from typing import no_type_check
 
@@ -15,12 +16,10 @@ from torch import Tensor
 from capi_kernels._attention_triton import (
     HEAD_DIMS,
     RESIDENT_KEYS,
-    TARGETS,
     Config,
     Operands,
     as_operand,
     backward_config,
-    capability,
     compile_cases,
     heads_per_program,
     new_output,
@@ -28,6 +27,7 @@ from capi_kernels._attention_triton import (
     resident_backward,
     store_stats,
 )
+from capi_kernels._capability import capability
 from capi_kernels._rotary_triton import load_channels, load_rotated, store_channels
 from capi_kernels._tiled_attention_triton import tiled_backward, tiled_forward
 
@@ -170,8 +170,8 @@ def visible_attention_backward(
 def _compile_cases() -> list:
     cases = []
     for dtype, tokens, head_dim in product((torch.bfloat16, torch.float16), (64, 128), HEAD_DIMS):
-        configs = {target: forward_config(dtype, head_dim, tokens, target) for target in TARGETS}
-        cases += compile_cases(resident_forward_kernel, dtype, head_dim, configs)
+        config_of = partial(forward_config, dtype, head_dim, tokens)
+        cases += compile_cases(resident_forward_kernel, dtype, head_dim, config_of)
     return cases
 
 

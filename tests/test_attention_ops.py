@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from capi_kernels import (
+    apply_rotary,
     cross_attention_weights,
     masked_cross_attention,
     masked_cross_attention_kvpacked,
@@ -20,6 +21,8 @@ from capi_kernels import (
 )
 
 OPS = torch.ops.capi_kernels
+# Of torch 2.14, within its own check.
+OPCHECK = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 
 
 def cumulative(lengths: list[int]) -> Tensor:
@@ -113,11 +116,13 @@ def check_ops(op, operands: tuple) -> None:
     torch.library.opcheck(backward, (torch.randn_like(out), out, *saved, *operands))
 
 
+@OPCHECK
 @pytest.mark.parametrize("case", CASES)
 def test_opcheck(case: str) -> None:
     check_ops(*CASES[case])
 
 
+@OPCHECK
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -376,16 +381,102 @@ def test_compiles_whole_and_once_for_all_token_counts() -> None:
     ]
 
 
-def test_a_cpu_keeps_no_second_copy_for_the_backward() -> None:
-    """What the op saves, and the output: not the projection as well."""
+def test_a_cpu_keeps_one_number_a_row_for_the_backward() -> None:
+    """Beside its operands and the output: no copy, and no weights."""
     qkv = torch.randn(64, 3, 4, 32, requires_grad=True)
     cu_seqlens = cumulative([16] * 4)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        out = visible_attention_qkvpacked(qkv, None, None, cu_seqlens, 16)
-        visible_attention(*qkv.unbind(1), None, None, cu_seqlens, 16)
-        masked_cross_attention_kvpacked(qkv[:, 0], qkv[:, 1:], *[None] * 4, cu_seqlens, cu_seqlens, 16, 16)
-    operands = {qkv.untyped_storage().data_ptr()}
+        outs = [
+            visible_attention_qkvpacked(qkv, None, None, cu_seqlens, 16),
+            visible_attention(*qkv.unbind(1), None, None, cu_seqlens, 16),
+            masked_cross_attention_kvpacked(qkv[:, 0], qkv[:, 1:], *[None] * 4, cu_seqlens, cu_seqlens, 16, 16),
+        ]
+    known = {x.untyped_storage().data_ptr() for x in (qkv, cu_seqlens, *outs)}
+    others = [x for x in kept if x.untyped_storage().data_ptr() not in known]
     assert len(kept) > 9
-    assert all(x.untyped_storage().data_ptr() not in operands for x in kept)
-    assert out.shape == (64, 4, 32)
+    assert [x.shape for x in others] == [(64, 4)] * 3
+
+
+@pytest.mark.parametrize("keys", [9, 300])  # Below and above what the backward takes from PyTorch.
+@pytest.mark.parametrize("case", ["visible", "visible, op", "packed", "cross", "cross, packed", "weights", "rotary"])
+def test_gradcheck(case: str, keys: int) -> None:
+    """Finite differences, the same bits twice, and gradients that nobody asked for."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    cu_q, cu_k = cumulative([1, 2]), cumulative([keys - 1, 1])
+    q_tables, k_tables = draw(2, 3, 2).unbind(), draw(2, keys, 2).unbind()
+    q, k, v = (x.requires_grad_() for x in (draw(3, 1, 2), draw(keys, 1, 2), draw(keys, 1, 2)))
+    here, where = (*k_tables, cu_k, keys), (*q_tables, *k_tables, cu_q, cu_k, 2, keys - 1)
+    index = torch.tensor([1, 1 if keys == 9 else 0])
+    function, inputs = {
+        "visible": (lambda k, v: visible_attention(k, k.sin(), v, *here), (k, v)),
+        "visible, op": (lambda k, v: OPS.visible_attention(k, k.sin(), v, *here, 0.5)[0], (k, v)),
+        "packed": (lambda k, v: visible_attention_qkvpacked(torch.stack([k, k.sin(), v], 1), *here), (k, v)),
+        "cross": (lambda q, k, v: masked_cross_attention(q, k, v, *where, kv_index=index), (q, k, v)),
+        "cross, packed": (
+            lambda q, k, v: masked_cross_attention_kvpacked(q, torch.stack([k, v], 1), *where),
+            (q, k, v),
+        ),
+        "weights": (lambda q, k: cross_attention_weights(q, k, *where), (q, k)),
+        "rotary": (lambda q: apply_rotary(q, *q_tables), (q,)),
+    }[case]
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=keys == 300)
+
+
+NO_TENSORS = """
+import capi_kernels as ck
+import numpy as np
+import torch
+
+def cumulative(*lengths):
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+q, k = torch.randn(4, 2, 8), torch.randn(7, 2, 8)
+q_tables, k_tables = torch.randn(2, 4, 8).unbind(), torch.randn(2, 7, 8).unbind()
+here = {"cos": q_tables[0], "sin": q_tables[1], "cu_seqlens": cumulative(3, 1), "max_seqlen": 3}
+where = {"q_cos": q_tables[0], "q_sin": q_tables[1], "k_cos": k_tables[0], "k_sin": k_tables[1]}
+where |= {"cu_seqlens_q": cumulative(3, 1), "cu_seqlens_k": cumulative(5, 2), "kv_index": torch.tensor([1, 0])}
+where |= {"max_seqlen_q": 3, "max_seqlen_k": 5}
+logits, features, weight, rows = torch.randn(2, 3, 5), torch.randn(2, 3, 4), torch.randn(5, 4), torch.tensor([0, 5])
+potentials = ck.sinkhorn_potentials(logits)
+calls = [
+    (ck.visible_attention, {"q": q, "k": q, "v": q, **here}),
+    (ck.visible_attention_qkvpacked, {"qkv": torch.randn(4, 3, 2, 8), **here}),
+    (ck.masked_cross_attention, {"q": q, "k": k, "v": k, **where}),
+    (ck.masked_cross_attention_kvpacked, {"q": q, "kv": torch.randn(7, 2, 2, 8), **where}),
+    (ck.cross_attention_weights, {"q": q, "k": k, **where}),
+    (ck.apply_rotary, {"x": q, "cos": q_tables[0], "sin": q_tables[1]}),
+    (ck.rotary_tables, {"coords": torch.rand(4, 2), "freqs": torch.rand(2, 8)}),
+    (ck.sinkhorn_positionwise, {"logits": logits}),
+    (ck.sinkhorn_potentials, {"logits": logits}),
+    (ck.assignments_from_potentials, {"logits": logits, "potentials": potentials, "rows": rows}),
+    (ck.clustering_head, {"features": features, "weight": weight, "bias": weight[:, 0], "rows": rows}),
+    (ck.clustering_targets, {"features": features[0, :2], "weight": weight, "bias": None, "rows": rows,
+                             "potentials": potentials}),
+    (ck.student_loss, {"logits": logits[0], "targets": logits[0]}),
+]
+for autocast in (False, True):
+    for op, given in calls:
+        op(**given)
+        for name, x in given.items():
+            if not isinstance(x, torch.Tensor):
+                continue
+            for wrong, kind in ((x.numpy(), "numpy.ndarray"), (x.tolist(), "list")):
+                try:
+                    with torch.autocast("cpu", enabled=autocast):
+                        op(**(given | {name: wrong}))
+                except TypeError as error:
+                    assert str(error) == f"{name} must be a torch.Tensor, got {kind}", (op.__name__, error)
+                else:
+                    raise AssertionError(f"{op.__name__} took {name} as {kind}")
+"""
+
+
+def test_what_is_no_tensor_is_refused_by_name() -> None:
+    # In a process of its own: the type checks of these tests would be first.
+    run = subprocess.run([sys.executable, "-c", NO_TENSORS], capture_output=True, text=True, env=os.environ)
+    assert run.returncode == 0, run.stderr

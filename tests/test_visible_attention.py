@@ -1,11 +1,13 @@
 import math
+from functools import partial
 
 import pytest
 import torch
-from numerics import assert_as_accurate
+import torch.nn.functional as F
+from numerics import assert_as_accurate, assert_draws_as_accurate, peak_allocation
 from torch import Tensor
 
-from capi_kernels import apply_rotary, reference, rotary_tables, visible_attention
+from capi_kernels import _attention_cpu, apply_rotary, reference, rotary_tables, visible_attention
 
 LENGTHS = {
     "one": [1],
@@ -69,6 +71,106 @@ def test_output_and_gradients_match_the_definition(lengths: str, dtype: torch.dt
                 torch.testing.assert_close(actual[name], oracle[name], rtol=0, atol=1e-12)
             else:
                 assert_as_accurate(actual[name], same_dtype[name], oracle[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("cut", [{"CACHED": 64}, {"TOGETHER": 64}, {"CACHED": 2**12, "TOGETHER": 2**12}], ids=str)
+def test_any_cut_matches_the_definition(cut: dict, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few rows at a time, heads and images one by one; of 300 tokens the backward is PyTorch's in float32."""
+    for name, value in cut.items():
+        monkeypatch.setattr(_attention_cpu, name, value)
+    draws = [arguments([40, 40, 3, 40, 0, 70], dtype), arguments([300, 1, 300], dtype, 2, 16)]
+    for given in draws:
+        definition = reference.visible_attention
+        runs = (visible_attention, given), (definition, given), (definition, in_float64(given))
+        for parts in zip(*(run(op, x).values() for op, x in runs), strict=True):
+            assert_as_accurate(*parts)
+
+
+def saturated(projection: Tensor) -> None:
+    """All weight on one key, 24 nats above the others."""
+    for image in projection.split(16):
+        image[:, 1, 0] = 4 * torch.linalg.qr(image[:, 1, 0])[0]
+        image[:, 0] = 6 * image[:, 1]
+
+
+def large(projection: Tensor) -> None:
+    projection[:, 0] *= 10 * (torch.arange(len(projection)) % 11)[:, None, None]
+
+
+def lifted(projection: Tensor) -> None:
+    projection[:, :2, :, 0] = 20
+
+
+@pytest.mark.parametrize("scores", [saturated, large, lifted])
+def test_hard_scores(scores) -> None:
+    """Of dP - rowsum(P dP) no rounding may be left where P is one; exponentials come after the maximum."""
+    versions = []
+    for seed in range(4):
+        projection = torch.randn(32, 3, 1, 16, generator=torch.Generator().manual_seed(seed))
+        scores(projection)
+        given = dict(zip(("q", "k", "v"), projection.unbind(1), strict=True))
+        given |= {"cos": None, "sin": None, "cu_seqlens": cumulative([16, 16]), "max_seqlen": 16}
+        definition = reference.visible_attention
+        runs = (visible_attention, given), (definition, given), (definition, in_float64(given))
+        versions.append([run(op, x).values() for op, x in runs])
+    assert_draws_as_accurate(versions)
+
+
+@pytest.mark.parametrize("rotary", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_types_are_no_less_exact_than_pytorchs(dtype: torch.dtype, rotary: bool) -> None:
+    """Scores in the tens; what is rotated beforehand is rounded beforehand."""
+    given = arguments([106, 106], dtype, heads=2, head_dim=64, rotary=rotary)
+    given["q"] = 6 * given["q"]
+
+    def pytorch(q, k, v, cos, sin, **_) -> Tensor:
+        rotated = (q, k) if cos is None else (apply_rotary(q, cos, sin), apply_rotary(k, cos, sin))
+        images = (x.unflatten(0, (2, -1)).transpose(1, 2) for x in (*rotated, v))
+        return F.scaled_dot_product_attention(*images).transpose(1, 2).flatten(0, 1)
+
+    oracle = run(reference.visible_attention, in_float64(given))
+    ours, theirs, definition = (run(op, given) for op in (visible_attention, pytorch, reference.visible_attention))
+    for name, x in oracle.items():
+        error, limit, defined = ((y[name].double() - x).abs().max() for y in (ours, theirs, definition))
+        one_rounding = 0.51 * torch.finfo(dtype).eps * x.abs().max()
+        assert error <= min(limit, one_rounding)
+        assert defined <= (2 * limit if rotary else one_rounding)
+
+
+@pytest.mark.parametrize("op", [visible_attention, reference.visible_attention])
+def test_scores_may_be_larger_than_float16_holds(op) -> None:
+    given = arguments([5, 3], torch.float16, rotary=False)
+    given |= {"q": 200 * given["q"], "k": 200 * given["k"], "scale": 1.0}
+    assert (given["q"].float().flatten(1) @ given["k"].float().flatten(1).T).abs().max() > 65504
+    oracle, actual = run(reference.visible_attention, in_float64(given)), run(op, given)
+    for name, x in oracle.items():
+        assert (actual[name].double() - x).abs().max() <= torch.finfo(torch.float16).eps * x.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_memory_is_that_of_pytorchs_attention(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rotated beforehand in plain PyTorch; weights, 17 MB of each head, are never whole."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # As many heads are held at a time.
+    tokens, heads, head_dim = 2048, 4, 64
+    given = arguments([tokens], dtype, heads, head_dim)
+    do = torch.randn(tokens, heads, head_dim).to(dtype)
+
+    def pytorch(q, k, v, cos, sin, **_) -> Tensor:
+        rotated = reference.apply_rotary(q, cos, sin), reference.apply_rotary(k, cos, sin), v
+        return F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in rotated))[0].transpose(0, 1)
+
+    def forward(op) -> Tensor:
+        with torch.no_grad():
+            return op(**given)
+
+    def both(op) -> tuple[Tensor, ...]:
+        leaves = {name: given[name].detach().requires_grad_() for name in ("q", "k", "v")}
+        return torch.autograd.grad(op(**(given | leaves)), list(leaves.values()), do)
+
+    for direction in (forward, both):
+        ours, theirs = (peak_allocation(partial(direction, op)) for op in (visible_attention, pytorch))
+        assert ours <= 1.1 * theirs, (direction, ours, theirs)
 
 
 def test_packed_equals_image_by_image() -> None:
