@@ -100,10 +100,10 @@ class TestDeadProcess:
         assert "a loader process cannot send a batch: ValueError: 0 is not in list" in capfd.readouterr().err
 
     @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
-    def test_follows_its_parent(self):
+    def test_follows_its_parent_even_from_a_stuck_read(self, folder: Path, stuck: str):
         fork = multiprocessing.get_context("fork")
         receiver, sender = fork.Pipe(duplex=False)
-        parent = fork.Process(target=_load_and_tell, args=[sender])
+        parent = fork.Process(target=_load_and_tell, args=[sender, f"folder:{folder}"])
         parent.start()
         pids = receiver.recv()
         parent.kill()
@@ -114,11 +114,12 @@ class TestDeadProcess:
         parent.join()
 
 
-def _load_and_tell(sender: Connection) -> None:
-    batches = iter(ImageStream(make_config(num_workers=2)))
-    next(batches)
-    sender.send([process.pid for process in multiprocessing.active_children()])
-    time.sleep(60)
+def _load_and_tell(sender: Connection, source: str) -> None:
+    def tell() -> bool:
+        sender.send([process.pid for process in multiprocessing.active_children()])
+        return False
+
+    list(ImageStream(make_config(source, num_workers=2)).batches(tell))
 
 
 def _alive(pid: int) -> bool:
@@ -294,8 +295,10 @@ class TestSharedMemory:
     def test_ranks_of_one_machine_share_it(self, room, monkeypatch, caplog):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
         room(10 * 3 * 8 * 8)  # Each of two ranks has two images: six micro-batches of two may exist.
-        ImageStream(make_config(num_workers=1), world_size=2)
+        stream, options = ImageStream(make_config(num_workers=1), world_size=2), {}
         assert "6 micro-batches of" in caplog.text
+        monkeypatch.setattr("capi.data.loaded", lambda _, **given: options.update(given) or (_ for _ in ()))
+        assert list(stream) == [] and options["prefetch_factor"] == 1
 
     @pytest.mark.parametrize("num_workers", [1, 2])
     def test_that_runs_out_ends_the_run_in_one_line(self, monkeypatch, num_workers: int):
