@@ -21,7 +21,7 @@ from benchmarks import shapes
 from benchmarks.costs import Cost
 from benchmarks.measure import OURS, Measurement
 from benchmarks.timing import Contestant
-from capi.crops import Box, crop, random_box
+from capi.data.crops import Box, crop, random_box
 from capi.model import IMAGENET_MEAN, IMAGENET_STD
 
 IMAGES = 32

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from capi import pretrained
 from capi.config import Config
+from capi.data.synthetic import TEXTURES, SyntheticScenes
 from capi.model import CAPI, normalize_images
-from capi.synthetic import TEXTURES, SyntheticScenes
 
 RAW_PIXELS = "raw pixels"
 

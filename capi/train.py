@@ -14,10 +14,10 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from capi.checkpoint import newest_checkpoint, save_checkpoint, step_of
 from capi.config import Config, check_config, load_config
+from capi.data.prefetch import DevicePrefetcher
 from capi.distributed import World, any_rank, average, gather, join_world
 from capi.masking import check_masking
 from capi.metrics import AssignmentStatistics, MetricsWriter, entropy_floor, peak_flops, training_flop_per_image
-from capi.prefetch import DevicePrefetcher
 from capi.results import Results
 from capi.resume import Start, begin, described, run_folder, together
 from capi.step import StepResult, Trainer

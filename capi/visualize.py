@@ -19,7 +19,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from capi import pretrained
-from capi.crops import centre_box, crop
+from capi.data.crops import centre_box, crop
 from capi.metrics import read_metrics
 from capi.model import normalize_images
 

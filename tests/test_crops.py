@@ -11,7 +11,7 @@ import torch
 from images import PHOTOGRAPH, encoded, gradient
 from PIL import Image, JpegImagePlugin
 
-from capi.crops import centre_box, crop, random_box
+from capi.data.crops import centre_box, crop, random_box
 
 SIZE = 8
 

@@ -21,13 +21,13 @@ from PIL import Image
 from torch import Tensor
 
 from capi.config import Config
-from capi.crops import crop, random_box
 from capi.data import Batch, ImageStream, evaluation_images
+from capi.data.crops import crop, random_box
+from capi.data.permutation import Permutation
+from capi.data.sources import Cursor, ShardReader, SourceError, open_source
+from capi.data.synthetic import SyntheticScenes
 from capi.masking import Masks, sample_masks
-from capi.permutation import Permutation
 from capi.seeding import Purpose, generator
-from capi.sources import Cursor, ShardReader, SourceError, open_source
-from capi.synthetic import SyntheticScenes
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -22,10 +22,10 @@ from PIL import Image
 
 from capi.config import Config
 from capi.data import Batch, ImageStream, evaluation_images
-from capi.loader import LoaderError, affordable_prefetch
-from capi.prefetch import DevicePrefetcher
-from capi.reading import HungError, Interrupted, Reads, StuckError
-from capi.shards import TarShards
+from capi.data.loader import LoaderError, affordable_prefetch
+from capi.data.prefetch import DevicePrefetcher
+from capi.data.reading import HungError, Interrupted, Reads, StuckError
+from capi.data.shards import TarShards
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # More processes than cores, on purpose.
 
@@ -88,7 +88,7 @@ class TestDeadProcess:
         assert signal.getsignal(signal.SIGCHLD) == handler
 
     def test_status_of_a_process_that_exits(self, monkeypatch):
-        monkeypatch.setattr("capi.data.sample_masks", lambda *_: os._exit(3))
+        monkeypatch.setattr("capi.data.stream.sample_masks", lambda *_: os._exit(3))
         with pytest.raises(LoaderError, match=r"a loader process \(pid \d+\) ended with status 3$"):
             next(iter(ImageStream(make_config(num_workers=1))))
 
@@ -297,7 +297,7 @@ class TestSharedMemory:
         room(10 * 3 * 8 * 8)  # Each of two ranks has two images: six micro-batches of two may exist.
         stream, options = ImageStream(make_config(num_workers=1), world_size=2), {}
         assert "6 micro-batches of" in caplog.text
-        monkeypatch.setattr("capi.data.loaded", lambda _, **given: options.update(given) or (_ for _ in ()))
+        monkeypatch.setattr("capi.data.stream.loaded", lambda _, **given: options.update(given) or (_ for _ in ()))
         assert list(stream) == [] and options["prefetch_factor"] == 1
 
     @pytest.mark.parametrize("num_workers", [1, 2])

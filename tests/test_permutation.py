@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from capi.permutation import Permutation
+from capi.data.permutation import Permutation
 from capi.seeding import Purpose, generator
 
 

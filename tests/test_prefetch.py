@@ -14,8 +14,8 @@ from torch import Tensor
 
 from capi.config import Config
 from capi.data import Batch, ImageStream
-from capi.prefetch import DevicePrefetcher, MicroBatch
-from capi.sources import SourceError
+from capi.data.prefetch import DevicePrefetcher, MicroBatch
+from capi.data.sources import SourceError
 
 CPU = torch.device("cpu")
 

@@ -22,10 +22,10 @@ from PIL import Image
 
 from capi.config import Config
 from capi.data import ImageStream, evaluation_images
-from capi.listing import IMAGE_EXTENSIONS, _image_extensions
-from capi.retry import PersistentFile, persistent
-from capi.shards import HubShards
-from capi.sources import Cursor, IndexedSource, ShardedSource, ShardReader, SourceError, open_source
+from capi.data.listing import IMAGE_EXTENSIONS, _image_extensions
+from capi.data.retry import PersistentFile, persistent
+from capi.data.shards import HubShards
+from capi.data.sources import Cursor, IndexedSource, ShardedSource, ShardReader, SourceError, open_source
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -128,8 +128,8 @@ class TestFingerprint:
             (tmp_path / f"{i}.png").write_bytes(bytes(i))
         expected = opened(f"folder:{tmp_path}").fingerprint
         assert expected.startswith("50 files, 1225 bytes, ")
-        monkeypatch.setattr("capi.folder._STAT_CHUNK", 1)
-        monkeypatch.setattr("capi.folder._STAT_THREADS", 3)
+        monkeypatch.setattr("capi.data.folder._STAT_CHUNK", 1)
+        monkeypatch.setattr("capi.data.folder._STAT_THREADS", 3)
         assert opened(f"folder:{tmp_path}").fingerprint == expected
 
     def test_link_to_nowhere_has_no_size(self, tmp_path: Path):
@@ -229,7 +229,7 @@ class Handler(BaseHTTPRequestHandler):
 class TestReasons:
     @pytest.fixture(autouse=True)
     def impatient(self, monkeypatch):
-        monkeypatch.setattr("capi.retry._DELAYS", (0, 0))
+        monkeypatch.setattr("capi.data.retry._DELAYS", (0, 0))
 
     @pytest.mark.parametrize(
         ("place", "expected"),
@@ -319,9 +319,9 @@ class TestBrokenConnection:
     @pytest.fixture(autouse=True)
     def impatient(self, monkeypatch):
         pytest.importorskip("aiohttp")
-        monkeypatch.setattr("capi.retry._DELAYS", (0, 0, 0, 0))
+        monkeypatch.setattr("capi.data.retry._DELAYS", (0, 0, 0, 0))
         monkeypatch.setitem(fsspec.config.conf, "http", {"block_size": self.BLOCK})
-        monkeypatch.setattr("capi.shards._TAR_BUFFER", self.BLOCK)
+        monkeypatch.setattr("capi.data.shards._TAR_BUFFER", self.BLOCK)
 
     def numbers(self, source: ShardedSource) -> list[int]:
         return [number(read()) for _, read in source.shard(0)]

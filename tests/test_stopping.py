@@ -20,8 +20,8 @@ from torch.distributed import HashStore
 import capi.step
 import capi.stopping
 from capi.checkpoint import load_newest_checkpoint
+from capi.data.synthetic import SyntheticScenes
 from capi.step import Trainer
-from capi.synthetic import SyntheticScenes
 from capi.train import main
 
 LONG = 100.0  # Seconds in which everything here has ended, on the busiest machine.

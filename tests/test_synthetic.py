@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from capi import synthetic
+from capi.data import synthetic
+from capi.data.synthetic import TEXTURES, SyntheticScenes
 from capi.evaluate import accuracy, knn_predict
-from capi.synthetic import TEXTURES, SyntheticScenes
 
 N_CLASSES = len(TEXTURES)
 

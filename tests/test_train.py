@@ -17,10 +17,10 @@ from capi import pretrained
 from capi.checkpoint import load_newest_checkpoint
 from capi.config import Config, load_config
 from capi.data import ImageStream
+from capi.data.prefetch import DevicePrefetcher
 from capi.distributed import World
 from capi.masking import Masks, sample_masks
 from capi.model import normalize_images
-from capi.prefetch import DevicePrefetcher
 from capi.step import Trainer
 from capi.train import main
 

@@ -18,14 +18,12 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from capi.config import Config, micro_batch_size
-from capi.crops import Encoded, centre_box, crop, random_box
-from capi.loader import affordable_prefetch, loaded, share
-from capi.masking import Masks, sample_masks
-from capi.permutation import Permutation
-from capi.reading import Reads, at_once, never
-from capi.retry import attempt, reason
-from capi.seeding import Purpose, generator
-from capi.sources import (
+from capi.data.crops import Encoded, centre_box, crop, random_box
+from capi.data.loader import affordable_prefetch, loaded, share
+from capi.data.permutation import Permutation
+from capi.data.reading import Reads, at_once, never
+from capi.data.retry import attempt, reason
+from capi.data.sources import (
     Cursor,
     IndexedSource,
     ShardedSource,
@@ -35,6 +33,8 @@ from capi.sources import (
     in_order,
     open_source,
 )
+from capi.masking import Masks, sample_masks
+from capi.seeding import Purpose, generator
 
 logger = logging.getLogger(__name__)
 

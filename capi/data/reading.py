@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from capi.retry import attempt
+from capi.data.retry import attempt
 
 Result = TypeVar("Result")
 

@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from capi.metadata import without_metadata
-from capi.retry import attempt
+from capi.data.metadata import without_metadata
+from capi.data.retry import attempt
 
 _MAX_ASPECT = 4 / 3
 # A JPEG may be decoded at 1/2, 1/4 or 1/8 while the crop stays this many times larger than the output.

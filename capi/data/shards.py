@@ -12,8 +12,8 @@ from typing import NoReturn
 
 import fsspec
 
-from capi.listing import IMAGE_EXTENSIONS, SourceError, listing_fingerprint
-from capi.retry import PersistentFile, attempt, persistent, reason
+from capi.data.listing import IMAGE_EXTENSIONS, SourceError, listing_fingerprint
+from capi.data.retry import PersistentFile, attempt, persistent, reason
 
 # A data set of a million loose files counts a million shards; finding one among them takes as many steps.
 _MAX_HUB_SHARDS = 1024

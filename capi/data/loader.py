@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from capi.reading import POLL_SECONDS, Interrupted
-from capi.retry import reason
+from capi.data.reading import POLL_SECONDS, Interrupted
+from capi.data.retry import reason
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from capi.listing import IMAGE_EXTENSIONS, SourceError, listing_fingerprint
-from capi.retry import persistent
+from capi.data.listing import IMAGE_EXTENSIONS, SourceError, listing_fingerprint
+from capi.data.retry import persistent
 
 logger = logging.getLogger(__name__)
 

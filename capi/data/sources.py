@@ -8,13 +8,13 @@ from jaxtyping import UInt8
 from numpy import ndarray
 
 from capi.config import Config
-from capi.folder import ImageFolder
-from capi.listing import IMAGE_EXTENSIONS as IMAGE_EXTENSIONS
-from capi.listing import SourceError as SourceError
-from capi.reading import HungError, StuckError, at_once
+from capi.data.folder import ImageFolder
+from capi.data.listing import IMAGE_EXTENSIONS as IMAGE_EXTENSIONS
+from capi.data.listing import SourceError as SourceError
+from capi.data.reading import HungError, StuckError, at_once
+from capi.data.shards import HubShards, TarShards
+from capi.data.synthetic import SyntheticScenes
 from capi.seeding import Purpose, generator
-from capi.shards import HubShards, TarShards
-from capi.synthetic import SyntheticScenes
 
 _SCENE_CACHE_BYTES = 2**28
 

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from capi.data import ImageStream
+from capi.data.reading import never
+from capi.data.stream import ImageStream
 from capi.masking import Masks
-from capi.reading import never
 
 MicroBatch = tuple[UInt8[Tensor, "images 3 height width"], Masks]
 
