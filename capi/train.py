@@ -140,8 +140,8 @@ class _Checkpoints:
         _check_state(self.trainer, step, self.run_dir)
         streams = gather(self._stream(step))
         with self.trainer.updating:  # Whoever ends the process waits for the file.
-            _save(self.trainer, step, streams, self.run_dir)
-            self.saved = step
+            if _save(self.trainer, step, streams, self.run_dir):
+                self.saved = step
 
     def save_alone(self) -> None:
         """Without the other ranks, from any thread: the last whole step, where the state is at one.
@@ -154,7 +154,8 @@ class _Checkpoints:
             step = self.trainer.steps_done
             if step is None or step == self.saved or self.trainer.not_finite():
                 return
-            _save(self.trainer, step, [self._stream(step)], self.run_dir)
+            if not _save(self.trainer, step, [self._stream(step)], self.run_dir):
+                return
             self.saved = step
         logger.warning("saved step %d; the same command goes on from there", step)
 
@@ -275,10 +276,11 @@ def _check_state(trainer: Trainer, step: int, run_dir: Path) -> None:
         )
 
 
-def _save(trainer: Trainer, step: int, streams: list[dict], run_dir: Path) -> None:
+def _save(trainer: Trainer, step: int, streams: list[dict], run_dir: Path) -> bool:
+    """Whether the step was one to save."""
     if trainer.bad_steps > 0:
         logger.warning("losses or gradients of step %d are not finite: no checkpoint is written", step)
-        return
+        return False
     if trainer.world.is_main:
         state = {
             "step": step,
@@ -287,6 +289,7 @@ def _save(trainer: Trainer, step: int, streams: list[dict], run_dir: Path) -> No
             "config": yaml.safe_load(to_yaml(trainer.config)),
         }
         save_checkpoint(run_dir, step, state, trainer.config.run.keep_checkpoints)
+    return True
 
 
 def _check_same_run(config: Config, saved: dict, run_dir: Path) -> None:

@@ -313,6 +313,7 @@ def test_a_warning_when_the_sinkhorn_batch_is_smaller_than_the_prototypes(argume
         (["--data.source", "folder:/no/such/place"], "/no/such/place"),
         (["--data.source", "flder:/tmp"], "flder"),
         (["--run.device", "cuda"], "PyTorch sees no GPU"),
+        (["--run.stop_timeout", "-1"], "run.stop_timeout must not be negative, got -1"),
         (["--masking.mask_ratio", "0.05"], "at least one predicted patch"),
     ],
 )
