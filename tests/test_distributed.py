@@ -1,18 +1,22 @@
 """What ranks do together, in processes of their own."""
 
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo  # Each fork would import it anew.
 import torch.distributed as dist
 from test_train import batch_of
 from tiny_runs import assert_equal_states, load_tiniest
 
+import capi.step
 from capi.checkpoint import load_newest_checkpoint
-from capi.distributed import World, _first_host, _launched
+from capi.distributed import GradientAverage, World, _first_host, _launched
 from capi.metrics import AssignmentStatistics, positional_mutual_information
 from capi.step import Trainer
 from capi.train import main
+from capi_kernels import student_loss
 from capi_kernels._checks import resolve_group
 
 
@@ -42,8 +46,9 @@ def check_steps(rank: int, folder: Path) -> None:
         images, masks = batch_of(config, range(8 * rank, 8 * rank + 4))
         second = batch_of(config, range(8 * rank + 4, 8 * rank + 8))
         hooks = []
-        if rank == 1 and step == 2:
-            images = images * torch.inf
+        # Its gradients are finite.
+        infinite = rank == 1 and step == 2
+        capi.step.student_loss = (lambda *x: student_loss(*x) + torch.inf) if infinite else student_loss
         if rank == step - 3:
             name = ("student.backbone.mask_token", "teacher.head.layer.weight")[rank]
             hooks.append(parameters[name].register_hook(lambda gradient: gradient * torch.nan))
@@ -63,17 +68,31 @@ def check_steps(rank: int, folder: Path) -> None:
     assert len(buckets) < len(gradients) / 4, "gradients are no views of DDP's buckets"
 
 
+def check_gradients(rank: int) -> None:
+    """AdamW would not tell a mean from a sum."""
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((2, 3), (4,))]
+    for i, parameter in enumerate(parameters):
+        parameter.grad = torch.full_like(parameter, 1.0 + i + 4 * rank)
+    GradientAverage(parameters).wait()
+    for i, parameter in enumerate(parameters):
+        assert torch.equal(parameter.grad, torch.full_like(parameter, 3.0 + i))
+
+
 def of_two_ranks(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     (folder / str(rank)).mkdir()
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     check_statistics(rank)
+    check_gradients(rank)
     check_steps(rank, folder)
     dist.destroy_process_group()
 
 
-def test_two_ranks_share_statistics_and_skip_bad_steps_together(tmp_path) -> None:
-    torch.multiprocessing.spawn(of_two_ranks, (tmp_path,), nprocs=2)
+def test_two_ranks_share_statistics_and_gradients_and_skip_bad_steps_together(tmp_path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of the threads of pytest-xdist.
+        # New interpreters would take seconds to import PyTorch.
+        torch.multiprocessing.start_processes(of_two_ranks, (tmp_path,), nprocs=2, start_method="fork")
 
 
 def test_torchrun_with_one_process_trains_as_none(tmp_path, monkeypatch) -> None:

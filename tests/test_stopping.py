@@ -48,6 +48,7 @@ class Run:
                 os._exit(status)
 
     def _become(self, environment: dict[str, str]) -> None:
+        os.setpgid(0, 0)
         file = os.open(self.log, os.O_WRONLY | os.O_CREAT)
         os.dup2(file, 1)
         os.dup2(file, 2)
@@ -100,8 +101,9 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
 
     yield begin
     for run in runs:
-        with suppress(ProcessLookupError, ChildProcessError):
-            os.kill(run.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)  # Its loaders as well.
+        with suppress(ChildProcessError):
             os.waitpid(run.pid, 0)
 
 
@@ -259,6 +261,7 @@ def test_a_worker_stops_when_torchrun_is_gone(tmp_path, start) -> None:
         if worker:
             (tmp_path / "worker").write_text(str(worker))
             signal.pause()
+        signal.alarm(int(LONG))  # It must not outlive this test for long.
         os.setsid()  # as torchrun has it
 
     run = start("--optim.steps", "100000", environment={"TORCHELASTIC_RUN_ID": "none"}, prepare=launch)

@@ -234,6 +234,16 @@ def test_a_state_that_is_not_finite_is_never_saved(arguments, tmp_path, capsys, 
     assert load_newest_checkpoint(tmp_path / "run")["step"] == 3
 
 
+def test_a_state_whose_update_broke_off_is_of_no_step(tmp_path, monkeypatch) -> None:
+    trainer = Trainer(load_tiniest(tmp_path), World(0, 1, torch.device("cpu")))
+    trainer.step([batch_of(trainer.config, range(8))], 1)
+    assert trainer.steps_done == 2
+    monkeypatch.setattr("capi.step.update_ema", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer.step([batch_of(trainer.config, range(8))], 2)
+    assert trainer.steps_done is None
+
+
 def test_the_loss_falls_on_one_batch(tmp_path) -> None:
     config = load_tiniest(tmp_path, "--optim.steps", "60", "--model.drop_path_rate", "0", "--optim.lr.base", "1e-2")
     trainer = Trainer(config, World(0, 1, torch.device("cpu")))
@@ -258,6 +268,7 @@ def test_a_warning_when_the_sinkhorn_batch_is_smaller_than_the_prototypes(argume
         (["--data.source", "folder:/no/such/place"], "/no/such/place"),
         (["--data.source", "flder:/tmp"], "flder"),
         (["--run.device", "cuda"], "PyTorch sees no GPU"),
+        (["--run.stop_timeout", "-1"], "run.stop_timeout must not be negative, got -1"),
         (["--masking.mask_ratio", "0.05"], "at least one predicted patch"),
     ],
 )
