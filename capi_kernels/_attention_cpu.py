@@ -77,9 +77,10 @@ def _rotated(x: Tensor, tables: Sequence[Tensor | None], transpose: bool = False
 def _read(x: Tensor, tables: Sequence[Tensor | None], tokens: slice | Tensor, block: Block) -> Tensor:
     """Of packed [tokens, heads, head_dim] those of a block, [groups, heads, length, head_dim], wide and rotated."""
     x = x[tokens, block.heads].unflatten(0, (block.groups, -1)).transpose(1, 2)
-    out = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
+    wide = torch.promote_types(x.dtype, torch.float32)
     if tables[0] is None:
-        return out.copy_(x)
+        return x.to(wide) if x.stride(3) == 1 else x.to(wide, memory_format=torch.contiguous_format)
+    out = torch.empty(x.shape, dtype=wide)
     return rotate(x, *(y[tokens].unflatten(0, (block.groups, -1)).unsqueeze(1) for y in tables), out=out)
 
 
@@ -100,10 +101,20 @@ def _write(
         rotate(x, *(y[tokens].unflatten(0, x.shape[:2]).unsqueeze(2) for y in tables), out=part, transpose=True)
 
 
+def _is_wide(x: Tensor) -> bool:
+    return torch.promote_types(x.dtype, torch.float32) == x.dtype
+
+
 def _is_ragged(sizes: Sizes, where: tuple[Tensor, Tensor, Tensor | None]) -> bool:
     """Whether blocks may be small, or share or leave out tokens: then the rotation comes before and after them."""
     cu_seqlens_q, _, kv_index = where
     return kv_index is not None or len(sizes) > 1 or sum(map(len, sizes.values())) < len(cu_seqlens_q) - 1
+
+
+def saved_shapes(q: Tensor, k: Tensor, tables: Sequence[Tensor | None]) -> list[tuple]:
+    """Of what `attention` keeps for the backward, all of it in float32 or wider."""
+    rotated = [x.shape for x, cos in ((q, tables[0]), (k, tables[2])) if cos is not None and _is_wide(q)]
+    return [(q.shape[0], q.shape[1]), *rotated]
 
 
 def attention(
@@ -113,12 +124,21 @@ def attention(
     tables: Sequence[Tensor | None],
     where: tuple[Tensor, Tensor, Tensor | None],
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """o and, [tokens, heads], the logarithm of each row's sum; where: cu_seqlens of both sides and kv_index."""
-    out, sizes = torch.zeros(q.shape, dtype=q.dtype), _sizes(*where)
-    logsumexp = torch.zeros(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
-    if _is_ragged(sizes, where):
-        q, k, tables = _rotated(q, tables[:2]), _rotated(k, tables[2:]), (None,) * 4
+) -> tuple[Tensor, list[Tensor]]:
+    """o and what the backward needs; where: cu_seqlens of both sides and kv_index.
+
+    That is, [tokens, heads], the logarithm of each row's sum and, of tokens in float32 or wider, these rotated.
+    """
+    sizes, wide = _sizes(*where), torch.promote_types(q.dtype, torch.float32)
+    ragged = _is_ragged(sizes, where)
+    new = torch.zeros if ragged else torch.empty
+    out, logsumexp = new(q.shape, dtype=q.dtype), new(q.shape[:2], dtype=wide)
+    saved = [logsumexp]
+    if ragged or _is_wide(q):
+        keep = _is_wide(q)
+        q, k = _rotated(q, tables[:2]), _rotated(k, tables[2:])
+        saved += [x for x, cos in ((q, tables[0]), (k, tables[2])) if cos is not None and keep]
+        tables = (None,) * 4
     for block in _blocks(sizes, *q.shape[1:]):
         q_, k_ = _read(q, tables[:2], block.queries, block), _read(k, tables[2:], block.keys, block)
         v_ = _read(v, (None, None), block.keys, block)
@@ -126,7 +146,7 @@ def attention(
         _write(out, o, (None, None), block.queries, block)
         logsumexp[block.queries, block.heads] = l.transpose(1, 2).flatten(0, 1)
         del q_, k_, v_, o  # Before the next block makes its own.
-    return out, logsumexp
+    return out, saved
 
 
 def _backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,7 +172,7 @@ def _backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tupl
 def attention_backward(
     do: Tensor,
     out: Tensor,
-    logsumexp: Tensor,
+    saved: Sequence[Tensor],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -163,17 +183,22 @@ def attention_backward(
     dk: Tensor,
     dv: Tensor,
 ) -> None:
-    """Write dq, dk and dv, whatever their strides; what no group has or reads is left as it is."""
-    sizes, sums = _sizes(*where), (dq, dk, dv)
-    if ragged := _is_ragged(sizes, where):
-        back, tables = tables, (None,) * 4
-        q, k = _rotated(q, back[:2]), _rotated(k, back[2:])
+    """Write dq, dk and dv, whatever their strides."""
+    logsumexp, *rotated = saved
+    sizes, unrounded, sums = _sizes(*where), _is_wide(q), (dq, dk, dv)
+    ragged = _is_ragged(sizes, where)
+    reading = writing = tables
+    if ragged or unrounded:
+        reading = (None,) * 4
+        q = rotated.pop(0) if unrounded and tables[0] is not None else _rotated(q, tables[:2])
+        k = rotated.pop(0) if unrounded and tables[2] is not None else _rotated(k, tables[2:])
+    if ragged:
+        writing = (None,) * 4
         # Groups that share a context add up in float32 or wider.
         sums = [torch.zeros(x.shape, dtype=logsumexp.dtype) for x in (q, k, v)]
-    # A rounded output would cost PyTorch's backward its accuracy; it gives a thread whole heads.
-    unrounded = out.dtype == logsumexp.dtype
+    # PyTorch's backward gives a thread whole heads; a rounded output would cost it its accuracy.
     for block in _blocks(sizes, *q.shape[1:], torch.get_num_threads() if unrounded else 1):
-        q_, k_ = _read(q, tables[:2], block.queries, block), _read(k, tables[2:], block.keys, block)
+        q_, k_ = _read(q, reading[:2], block.queries, block), _read(k, reading[2:], block.keys, block)
         v_, do_ = _read(v, (None, None), block.keys, block), _read(do, (None, None), block.queries, block)
         if k_.shape[2] >= LONG and unrounded:
             o_ = _read(out, (None, None), block.queries, block)
@@ -183,10 +208,10 @@ def attention_backward(
         else:
             pairs = (x.flatten(0, 1) for x in (do_, q_, k_, v_))
             dq_, dk_, dv_ = (x.unflatten(0, q_.shape[:2]) for x in _backward(*pairs, scale))
-        places = (tables[:2], block.queries), (tables[2:], block.keys), ((None, None), block.keys)
+        places = (writing[:2], block.queries), (writing[2:], block.keys), ((None, None), block.keys)
         for x, dx, place in zip(sums, (dq_, dk_, dv_), places, strict=True):
             _write(x, dx, *place, block, add=ragged)
         del q_, k_, v_, do_, dq_, dk_, dv_, dx  # Before the next block makes its own.
     if ragged:
-        for dx, x, rotation in zip((dq, dk, dv), sums, (back[:2], back[2:], (None, None)), strict=True):
+        for dx, x, rotation in zip((dq, dk, dv), sums, (tables[:2], tables[2:], (None, None)), strict=True):
             dx.copy_(_rotated(x, rotation, transpose=True))
