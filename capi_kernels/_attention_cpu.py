@@ -39,19 +39,24 @@ def _tokens(starts: list[int], length: int) -> slice | Tensor:
     return (torch.tensor(starts).unsqueeze(1) + torch.arange(length)).flatten()
 
 
-def _blocks(q: Tensor, where: tuple[Tensor, Tensor, Tensor | None], heads_at_least: int = 1) -> Iterator[Block]:
-    """All heads of all groups that have queries and keys, a few at a time."""
-    cu_seqlens_q, cu_seqlens_k, kv_index = where
-    _, heads, head_dim = q.shape
+Sizes = dict[tuple[int, int], list[tuple[int, int]]]
+
+
+def _sizes(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, kv_index: Tensor | None) -> Sizes:
+    """Where the queries and the keys of each group start, by their numbers; of groups that have some of both."""
     places_q, places_k = (list(pairwise(cu_seqlens.tolist())) for cu_seqlens in (cu_seqlens_q, cu_seqlens_k))
     if kv_index is not None:
         places_k = [places_k[context] for context in kv_index.tolist()]
-    of_size = defaultdict(list)
+    sizes = defaultdict(list)
     for (start_q, end_q), (start_k, end_k) in zip(places_q, places_k, strict=True):
-        of_size[end_q - start_q, end_k - start_k].append((start_q, start_k))
-    for (queries, keys), starts in of_size.items():
-        if queries == 0 or keys == 0:
-            continue
+        if end_q > start_q and end_k > start_k:
+            sizes[end_q - start_q, end_k - start_k].append((start_q, start_k))
+    return sizes
+
+
+def _blocks(sizes: Sizes, heads: int, head_dim: int, heads_at_least: int = 1) -> Iterator[Block]:
+    """All heads of all groups, a few of one size at a time."""
+    for (queries, keys), starts in sizes.items():
         together = max(heads_at_least, TOGETHER // ((queries + keys) * head_dim))
         for group in range(0, len(starts), max(1, together // heads)):
             starts_q, starts_k = zip(*starts[group : group + max(1, together // heads)], strict=True)
@@ -60,26 +65,56 @@ def _blocks(q: Tensor, where: tuple[Tensor, Tensor, Tensor | None], heads_at_lea
                 yield Block(*tokens, slice(head, head + together))
 
 
+def _rotated(x: Tensor, tables: Sequence[Tensor | None], transpose: bool = False) -> Tensor:
+    """Packed [tokens, heads, head_dim], wide, and rotated or rotated back."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if tables[0] is None:
+        return x.to(wide)
+    out = torch.empty(x.shape, dtype=wide)
+    return rotate(x, *(table.unsqueeze(1) for table in tables), out=out, transpose=transpose)
+
+
 def _read(x: Tensor, tables: Sequence[Tensor | None], tokens: slice | Tensor, block: Block) -> Tensor:
     """Of packed [tokens, heads, head_dim] those of a block, [groups, heads, length, head_dim], wide and rotated."""
     x = x[tokens, block.heads].unflatten(0, (block.groups, -1)).transpose(1, 2)
-    out = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
+    wide = torch.promote_types(x.dtype, torch.float32)
     if tables[0] is None:
-        return out.copy_(x)
+        return x.to(wide) if x.stride(3) == 1 else x.to(wide, memory_format=torch.contiguous_format)
+    out = torch.empty(x.shape, dtype=wide)
     return rotate(x, *(y[tokens].unflatten(0, (block.groups, -1)).unsqueeze(1) for y in tables), out=out)
 
 
-def _write(out: Tensor, x: Tensor, tables: Sequence[Tensor | None], tokens: slice | Tensor, block: Block) -> None:
-    """The transpose of `_read`: x, rotated back, goes to its places of packed out."""
+def _write(
+    out: Tensor, x: Tensor, tables: Sequence[Tensor | None], tokens: slice | Tensor, block: Block, add: bool = False
+) -> None:
+    """The transpose of `_read`: x, rotated back, goes to its places of packed out, or is added there."""
     x = x.transpose(1, 2)
-    in_place = isinstance(tokens, slice)
-    part = out[tokens, block.heads].unflatten(0, x.shape[:2]) if in_place else x.new_empty(x.shape, dtype=out.dtype)
-    if tables[0] is None:
+    if isinstance(tokens, Tensor):
+        out[:, block.heads].index_add_(0, tokens, x.flatten(0, 1).to(out.dtype))
+        return
+    part = out[tokens, block.heads].unflatten(0, x.shape[:2])
+    if add:
+        part.add_(x)
+    elif tables[0] is None:
         part.copy_(x)
     else:
         rotate(x, *(y[tokens].unflatten(0, x.shape[:2]).unsqueeze(2) for y in tables), out=part, transpose=True)
-    if not in_place:
-        out[tokens, block.heads] = part.flatten(0, 1)
+
+
+def _is_wide(x: Tensor) -> bool:
+    return torch.promote_types(x.dtype, torch.float32) == x.dtype
+
+
+def _is_ragged(sizes: Sizes, where: tuple[Tensor, Tensor, Tensor | None]) -> bool:
+    """Whether blocks may be small, or share or leave out tokens: then the rotation comes before and after them."""
+    cu_seqlens_q, _, kv_index = where
+    return kv_index is not None or len(sizes) > 1 or sum(map(len, sizes.values())) < len(cu_seqlens_q) - 1
+
+
+def saved_shapes(q: Tensor, k: Tensor, tables: Sequence[Tensor | None]) -> list[tuple]:
+    """Of what `attention` keeps for the backward, all of it in float32 or wider."""
+    rotated = [x.shape for x, cos in ((q, tables[0]), (k, tables[2])) if cos is not None and _is_wide(q)]
+    return [(q.shape[0], q.shape[1]), *rotated]
 
 
 def attention(
@@ -89,18 +124,29 @@ def attention(
     tables: Sequence[Tensor | None],
     where: tuple[Tensor, Tensor, Tensor | None],
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """o and, [tokens, heads], the logarithm of each row's sum; where: cu_seqlens of both sides and kv_index."""
-    out = torch.zeros(q.shape, dtype=q.dtype)
-    logsumexp = torch.zeros(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
-    for block in _blocks(q, where):
+) -> tuple[Tensor, list[Tensor]]:
+    """o and what the backward needs; where: cu_seqlens of both sides and kv_index.
+
+    That is, [tokens, heads], the logarithm of each row's sum and, of tokens in float32 or wider, these rotated.
+    """
+    sizes, wide = _sizes(*where), torch.promote_types(q.dtype, torch.float32)
+    ragged = _is_ragged(sizes, where)
+    new = torch.zeros if ragged else torch.empty
+    out, logsumexp = new(q.shape, dtype=q.dtype), new(q.shape[:2], dtype=wide)
+    saved = [logsumexp]
+    if ragged or _is_wide(q):
+        keep = _is_wide(q)
+        q, k = _rotated(q, tables[:2]), _rotated(k, tables[2:])
+        saved += [x for x, cos in ((q, tables[0]), (k, tables[2])) if cos is not None and keep]
+        tables = (None,) * 4
+    for block in _blocks(sizes, *q.shape[1:]):
         q_, k_ = _read(q, tables[:2], block.queries, block), _read(k, tables[2:], block.keys, block)
         v_ = _read(v, (None, None), block.keys, block)
         o, l = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q_, k_, v_, scale=scale)  # noqa: E741
         _write(out, o, (None, None), block.queries, block)
         logsumexp[block.queries, block.heads] = l.transpose(1, 2).flatten(0, 1)
         del q_, k_, v_, o  # Before the next block makes its own.
-    return out, logsumexp
+    return out, saved
 
 
 def _backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,7 +172,7 @@ def _backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tupl
 def attention_backward(
     do: Tensor,
     out: Tensor,
-    logsumexp: Tensor,
+    saved: Sequence[Tensor],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -137,13 +183,22 @@ def attention_backward(
     dk: Tensor,
     dv: Tensor,
 ) -> None:
-    """Write dq, dk and dv, whatever their strides; what no group has or reads is left as it is."""
-    # Groups that share a context add up in float32 or wider.
-    sums = None if where[2] is None else [torch.zeros(k.shape, dtype=logsumexp.dtype) for _ in range(2)]
-    # A rounded output would cost PyTorch's backward its accuracy; it gives a thread whole heads.
-    unrounded = out.dtype == logsumexp.dtype
-    for block in _blocks(q, where, torch.get_num_threads() if unrounded else 1):
-        q_, k_ = _read(q, tables[:2], block.queries, block), _read(k, tables[2:], block.keys, block)
+    """Write dq, dk and dv, whatever their strides."""
+    logsumexp, *rotated = saved
+    sizes, unrounded, sums = _sizes(*where), _is_wide(q), (dq, dk, dv)
+    ragged = _is_ragged(sizes, where)
+    reading = writing = tables
+    if ragged or unrounded:
+        reading = (None,) * 4
+        q = rotated.pop(0) if unrounded and tables[0] is not None else _rotated(q, tables[:2])
+        k = rotated.pop(0) if unrounded and tables[2] is not None else _rotated(k, tables[2:])
+    if ragged:
+        writing = (None,) * 4
+        # Groups that share a context add up in float32 or wider.
+        sums = [torch.zeros(x.shape, dtype=logsumexp.dtype) for x in (q, k, v)]
+    # PyTorch's backward gives a thread whole heads; a rounded output would cost it its accuracy.
+    for block in _blocks(sizes, *q.shape[1:], torch.get_num_threads() if unrounded else 1):
+        q_, k_ = _read(q, reading[:2], block.queries, block), _read(k, reading[2:], block.keys, block)
         v_, do_ = _read(v, (None, None), block.keys, block), _read(do, (None, None), block.queries, block)
         if k_.shape[2] >= LONG and unrounded:
             o_ = _read(out, (None, None), block.queries, block)
@@ -153,16 +208,10 @@ def attention_backward(
         else:
             pairs = (x.flatten(0, 1) for x in (do_, q_, k_, v_))
             dq_, dk_, dv_ = (x.unflatten(0, q_.shape[:2]) for x in _backward(*pairs, scale))
-        _write(dq, dq_, tables[:2], block.queries, block)
-        if sums is None:
-            _write(dk, dk_, tables[2:], block.keys, block)
-            _write(dv, dv_, (None, None), block.keys, block)
-        else:
-            keys = torch.arange(len(k))[block.keys]
-            for x, dx in zip(sums, (dk_, dv_), strict=True):
-                x[:, block.heads].index_add_(0, keys, dx.transpose(1, 2).flatten(0, 1))
-        del q_, k_, v_, do_, dq_, dk_, dv_  # Before the next block makes its own.
-    if sums is not None:
-        everything = Block(1, slice(None), slice(None), slice(None))
-        for dx, x, back in ((dk, sums[0], tables[2:]), (dv, sums[1], (None, None))):
-            _write(dx, x.transpose(0, 1).unsqueeze(0), back, slice(None), everything)
+        places = (writing[:2], block.queries), (writing[2:], block.keys), ((None, None), block.keys)
+        for x, dx, place in zip(sums, (dq_, dk_, dv_), places, strict=True):
+            _write(x, dx, *place, block, add=ragged)
+        del q_, k_, v_, do_, dq_, dk_, dv_, dx  # Before the next block makes its own.
+    if ragged:
+        for dx, x, rotation in zip((dq, dk, dv), sums, (tables[:2], tables[2:], (None, None)), strict=True):
+            dx.copy_(_rotated(x, rotation, transpose=True))

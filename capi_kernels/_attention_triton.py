@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from capi_kernels._capability import TARGETS, configured_as
+from capi_kernels._capability import TARGETS, attends_as
 from capi_kernels._rotary_triton import load_channels, load_rotated, padded, store_channels, store_unrotated
 
 LOG2_E = 1.4426950408889634
@@ -162,7 +162,7 @@ def compile_cases(
     indexed: bool = False,
 ) -> list[tuple]:
     """One entry for each configuration that some capabilities have, with the capabilities that it is launched on."""
-    configs = {target: config_of(configured_as(target)) for target in TARGETS}
+    configs = {target: config_of(attends_as(target)) for target in TARGETS}
     return [
         (*compile_case(kernel, dtype, head_dim, config, indexed), [x for x in configs if configs[x] == config])
         for config in dict.fromkeys(configs.values())

@@ -5,14 +5,14 @@ import torch
 TARGETS = (80, 86, 89, 90, 100, 120)  # What is compiled offline.
 
 
-def configured_as(capability: int) -> int:
-    """The capability whose configurations a GPU takes: 12.x has the registers and the matrix unit of 8.x."""
-    return 80 if capability // 10 == 12 else capability
-
-
 def capability(device: torch.device) -> int:
-    """The one that a device is configured as; that of an H100 for the interpreter."""
+    """That of a device; that of an H100 for the interpreter."""
     if device.type != "cuda":
         return 90
     major, minor = torch.cuda.get_device_capability(device)
-    return configured_as(10 * major + minor)
+    return 10 * major + minor
+
+
+def attends_as(capability: int) -> int:
+    """The capability whose attention kernels a GPU takes: 12.x has the matrix unit and the shared memory of 8.x."""
+    return 80 if capability // 10 == 12 else capability

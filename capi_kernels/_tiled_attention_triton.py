@@ -31,7 +31,7 @@ from capi_kernels._attention_triton import (
     next_reader,
     store_stats,
 )
-from capi_kernels._capability import capability
+from capi_kernels._capability import attends_as, capability
 from capi_kernels._rotary_triton import (
     ROTATE_TOKENS,
     load_channels,
@@ -312,11 +312,11 @@ def forward_config(dtype: torch.dtype, head_dim: int, max_seqlen_q: int) -> Conf
     return Config(128, 64, 8, num_stages=2)
 
 
-def dq_config(dtype: torch.dtype, head_dim: int) -> Config:
+def dq_config(dtype: torch.dtype, head_dim: int, capability: int) -> Config:
     wide = head_dim > 64
     if dtype == torch.float32:
         return Config(16, 16, 8) if wide else Config(16, 32, 4)
-    return Config(64, 32 if wide else 64, 4, num_stages=2)
+    return Config(64, 32 if wide else 64, 8 if wide and capability < 90 else 4, num_stages=2)
 
 
 def dkdv_config(dtype: torch.dtype, head_dim: int, capability: int) -> Config:
@@ -324,11 +324,13 @@ def dkdv_config(dtype: torch.dtype, head_dim: int, capability: int) -> Config:
     if dtype == torch.float32:
         return Config(32, 16, 8 if wide else 4, max_registers=168 if wide else 128)
     if wide:
-        return Config(16, 64, 8, num_stages=2)
+        return Config(16, 32 if capability < 90 else 64, 8, num_stages=2)
     # A limit of 255 keeps the assembler from a lower one of its own, which would spill.
     if head_dim <= 32:
         return Config(32, 64, 4, max_registers=255, num_stages=2)
-    return Config(32, 64, 4 if capability == 90 else 8, num_stages=2)
+    if capability == 90:
+        return Config(32, 64, 4, num_stages=2)
+    return Config(32, 64, 8, max_registers=255, num_stages=2)
 
 
 def tiled_forward(x: Operands) -> tuple[Tensor, Tensor]:
@@ -348,8 +350,8 @@ def tiled_forward(x: Operands) -> tuple[Tensor, Tensor]:
 
 def tiled_backward(x: Operands, do: Tensor, out: Tensor, stats: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
     """Write dq, dk and dv, whatever their strides."""
-    for_dq = dq_config(x.q.dtype, x.head_dim)
-    for_dkdv = dkdv_config(x.q.dtype, x.head_dim, capability(x.q.device))
+    for_dq = dq_config(x.q.dtype, x.head_dim, attends_as(capability(x.q.device)))
+    for_dkdv = dkdv_config(x.q.dtype, x.head_dim, attends_as(capability(x.q.device)))
     delta = torch.empty_like(stats[0])
     x = x._replace(q=rotated(x.q, x.q_cos, x.q_sin), k=rotated(x.k, x.k_cos, x.k_sin))
     tiles = triton.cdiv(x.max_seqlen_q, for_dq.block_q)
@@ -378,9 +380,8 @@ def _compile_cases() -> list:
             for queries in (16, 320, 4096)[: 1 if dtype == torch.float32 else None]:
                 config = forward_config(dtype, head_dim, queries)
                 cases.append(compile_case(tiled_forward_kernel, dtype, head_dim, config, indexed))
-            cases.append(compile_case(tiled_dq_kernel, dtype, head_dim, dq_config(dtype, head_dim), indexed))
-            config_of = partial(dkdv_config, dtype, head_dim)
-            cases += compile_cases(tiled_dkdv_kernel, dtype, head_dim, config_of, indexed)
+            for kernel, config_of in ((tiled_dq_kernel, dq_config), (tiled_dkdv_kernel, dkdv_config)):
+                cases += compile_cases(kernel, dtype, head_dim, partial(config_of, dtype, head_dim), indexed)
     return cases
 
 

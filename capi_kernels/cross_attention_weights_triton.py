@@ -8,6 +8,7 @@ scores, their gradients, the rotated q and k. Longer contexts, and float32, whos
 to PyTorch's operations (`_padded_weights`).
 """
 
+from functools import partial
 from itertools import product
 from typing import no_type_check
 
@@ -21,12 +22,13 @@ from capi_kernels._attention_triton import (
     RESIDENT_KEYS,
     Config,
     Operands,
-    compile_case,
+    compile_cases,
     count_readers,
     heads_per_program,
     next_reader,
     operands,
 )
+from capi_kernels._capability import attends_as, capability
 from capi_kernels._padded_weights import (
     padded_attention_weights,
     padded_attention_weights_backward,
@@ -193,14 +195,23 @@ def weights_backward_kernel(
     )
 
 
-def config_for(dtype: torch.dtype, head_dim: int, max_seqlen_k: int) -> Config | None:
+def config_for(dtype: torch.dtype, head_dim: int, max_seqlen_k: int, capability: int) -> Config | None:
     """None where the keys do not fit: too many, or float32."""
     if dtype == torch.float32 or max_seqlen_k > RESIDENT_KEYS:
         return None
-    # Warps that compile without spills on every target.
+    # Warps that compile without spills on every target; where registers are short, no limit but that of the hardware.
+    most = 255 if capability < 90 else None
     if max_seqlen_k <= 64:
-        return Config(16, 64, 4 if 32 < head_dim <= 64 else 8)
-    return Config(16, 128, 4 if head_dim <= 32 else 8)
+        return Config(16, 64, 4 if 32 < head_dim <= 64 else 8, most)
+    return Config(16, 128, 4 if head_dim <= 32 else 8, most)
+
+
+def forward_config(dtype: torch.dtype, head_dim: int, max_seqlen_k: int, capability: int) -> Config | None:
+    """That of the backward but for registers: 128 let two programs share a processor."""
+    config = config_for(dtype, head_dim, max_seqlen_k, capability)
+    if config is None:
+        return None
+    return config._replace(max_registers=128 if max_seqlen_k > 64 and 32 < head_dim <= 64 else None)
 
 
 def _operands(
@@ -245,7 +256,7 @@ def cross_attention_weights_forward(q: Tensor, k: Tensor, *rest) -> Tensor:
     row = triton.cdiv(x.max_seqlen_k, ROW) * ROW
     weights = torch.empty((x.groups, x.heads, x.max_seqlen_q, row), dtype=q.dtype, device=q.device)
     weights = weights[..., : x.max_seqlen_k]
-    config = config_for(q.dtype, x.head_dim, x.max_seqlen_k)
+    config = forward_config(q.dtype, x.head_dim, x.max_seqlen_k, attends_as(capability(q.device)))
     if config is None:
         return weights.copy_(padded_attention_weights(*_padded_operands(x)))
     share = heads_per_program(x)
@@ -267,7 +278,7 @@ def cross_attention_weights_backward(
 ) -> tuple[Tensor, Tensor]:
     """dq [queries, heads, head_dim] and dk [context, heads, head_dim]."""
     x = _operands(q, k, *rest)
-    config = config_for(q.dtype, x.head_dim, x.max_seqlen_k)
+    config = config_for(q.dtype, x.head_dim, x.max_seqlen_k, attends_as(capability(q.device)))
     if config is None:
         return padded_attention_weights_backward(dweights, weights, *_padded_operands(x))
     dweights, weights = as_rows(dweights), as_rows(weights)
@@ -285,12 +296,12 @@ def cross_attention_weights_backward(
 def _compile_cases() -> list:
     cases = []
     for dtype, head_dim, keys, indexed in product((torch.bfloat16, torch.float16), HEAD_DIMS, (64, 128), (False, True)):
-        config = config_for(dtype, head_dim, keys)
-        for kernel in (weights_forward_kernel, weights_backward_kernel):
-            name, kernel, arguments, options = compile_case(kernel, dtype, head_dim, config, indexed)
-            # The rows of dP are as long as there are keys.
-            arguments |= {name: "i32?" for name in arguments if name.startswith("dweights_stride")}
-            cases.append((name, kernel, arguments, options))
+        for kernel, config_of in ((weights_forward_kernel, forward_config), (weights_backward_kernel, config_for)):
+            config_of = partial(config_of, dtype, head_dim, keys)
+            for case in compile_cases(kernel, dtype, head_dim, config_of, indexed):
+                # The rows of dP are as long as there are keys.
+                case[2].update({name: "i32?" for name in case[2] if name.startswith("dweights_stride")})
+                cases.append(case)
     return cases
 
 

@@ -30,7 +30,7 @@ from capi_kernels._attention_triton import (
     resident_backward_kernel,
     store_stats,
 )
-from capi_kernels._capability import capability
+from capi_kernels._capability import attends_as, capability
 from capi_kernels._rotary_triton import load_channels, load_rotated, store_channels
 from capi_kernels._tiled_attention_triton import tiled_backward, tiled_forward
 
@@ -151,7 +151,7 @@ def masked_cross_attention_forward(
     """o [queries, heads, head_dim] and what the backward needs, [2, heads, queries]."""
     tables = (q_cos, q_sin, k_cos, k_sin)
     x = operands(q, k, v, *tables, cu_seqlens_q, cu_seqlens_k, kv_index, max_seqlen_q, max_seqlen_k, scale)
-    config = forward_config(q.dtype, x.head_dim, max_seqlen_q, max_seqlen_k, capability(q.device))
+    config = forward_config(q.dtype, x.head_dim, max_seqlen_q, max_seqlen_k, attends_as(capability(q.device)))
     return tiled_forward(x) if config is None else keys_first_forward(x, config)
 
 
@@ -179,7 +179,7 @@ def masked_cross_attention_backward(
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dkv = torch.empty((len(k), 2, x.heads, x.head_dim), dtype=q.dtype, device=q.device)
     dk, dv = dkv.unbind(1)
-    config = backward_config(q.dtype, x.head_dim, max_seqlen_k, kv_index is not None, capability(q.device))
+    config = backward_config(q.dtype, x.head_dim, max_seqlen_k, kv_index is not None, attends_as(capability(q.device)))
     if config is None:
         tiled_backward(x, as_operand(do), out, stats, dq, dk, dv)
     else:

@@ -27,7 +27,7 @@ from capi_kernels._attention_triton import (
     resident_backward,
     store_stats,
 )
-from capi_kernels._capability import capability
+from capi_kernels._capability import attends_as, capability
 from capi_kernels._rotary_triton import load_channels, load_rotated, store_channels
 from capi_kernels._tiled_attention_triton import tiled_backward, tiled_forward
 
@@ -138,7 +138,7 @@ def visible_attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """o [tokens, heads, head_dim] and what the backward needs, [2, heads, tokens]."""
     x = _operands(q, k, v, cos, sin, cu_seqlens, max_seqlen, scale)
-    config = forward_config(q.dtype, x.head_dim, max_seqlen, capability(q.device))
+    config = forward_config(q.dtype, x.head_dim, max_seqlen, attends_as(capability(q.device)))
     return tiled_forward(x) if config is None else resident_forward(x, config)
 
 
@@ -159,7 +159,7 @@ def visible_attention_backward(
     x = _operands(q, k, v, cos, sin, cu_seqlens, max_seqlen, scale)
     dqkv = torch.empty((len(q), 3, x.heads, x.head_dim), dtype=q.dtype, device=q.device)
     dq, dk, dv = dqkv.unbind(1)
-    config = backward_config(q.dtype, x.head_dim, max_seqlen, False, capability(q.device))
+    config = backward_config(q.dtype, x.head_dim, max_seqlen, False, attends_as(capability(q.device)))
     if config is None:
         tiled_backward(x, as_operand(do), out, stats, dq, dk, dv)
     else:

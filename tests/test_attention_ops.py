@@ -381,21 +381,24 @@ def test_compiles_whole_and_once_for_all_token_counts() -> None:
     ]
 
 
-def test_a_cpu_keeps_one_number_a_row_for_the_backward() -> None:
-    """Beside its operands and the output: no copy, and no weights."""
-    qkv = torch.randn(64, 3, 4, 32, requires_grad=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_cpu_keeps_no_weights_for_the_backward(dtype: torch.dtype) -> None:
+    """Beside its operands and the output one number a row and, in float32, q and k rotated."""
+    qkv = torch.randn(64, 3, 4, 32).to(dtype).requires_grad_()
+    tables = torch.randn(2, 64, 32).unbind()
     cu_seqlens = cumulative([16] * 4)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         outs = [
-            visible_attention_qkvpacked(qkv, None, None, cu_seqlens, 16),
-            visible_attention(*qkv.unbind(1), None, None, cu_seqlens, 16),
-            masked_cross_attention_kvpacked(qkv[:, 0], qkv[:, 1:], *[None] * 4, cu_seqlens, cu_seqlens, 16, 16),
+            visible_attention_qkvpacked(qkv, *tables, cu_seqlens, 16),
+            visible_attention(*qkv.unbind(1), *tables, cu_seqlens, 16),
+            masked_cross_attention_kvpacked(qkv[:, 0], qkv[:, 1:], *tables * 2, cu_seqlens, cu_seqlens, 16, 16),
         ]
-    known = {x.untyped_storage().data_ptr() for x in (qkv, cu_seqlens, *outs)}
+    known = {x.untyped_storage().data_ptr() for x in (qkv, *tables, cu_seqlens, *outs)}
     others = [x for x in kept if x.untyped_storage().data_ptr() not in known]
     assert len(kept) > 9
-    assert [x.shape for x in others] == [(64, 4)] * 3
+    rotated = [(64, 4, 32)] * 2 if dtype == torch.float32 else []
+    assert [x.shape for x in others] == [(64, 4), *rotated] * 3
 
 
 @pytest.mark.parametrize("keys", [9, 300])  # Below and above what the backward takes from PyTorch.

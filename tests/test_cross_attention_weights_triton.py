@@ -136,14 +136,14 @@ def test_odd_heads(kernels):
 @pytest.mark.parametrize("head_dim", [64, 80])
 @pytest.mark.parametrize(("queries", "keys"), [(8, 64), (8, 65), (8, 106), (33, 128)])
 def test_default_configurations(queries, keys, head_dim):
-    assert cross_attention_weights_triton.config_for(torch.float16, head_dim, keys) is not None
+    assert cross_attention_weights_triton.config_for(torch.float16, head_dim, keys, 90) is not None
     assert_accurate(inputs((queries, 2), (keys, 7), 1, head_dim, torch.float16))
 
 
 @pytest.mark.parametrize(("keys", "dtype"), [(129, torch.float16), (20, torch.float32), (300, torch.float32)])
 def test_longer_contexts_and_float32_are_left_to_pytorch(keys, dtype):
     x = inputs((3, 0, 2, 1), (keys, 0, 5), 2, 16, dtype, kv_index=(2, 0, 0, 1))
-    assert cross_attention_weights_triton.config_for(dtype, 16, keys) is None
+    assert cross_attention_weights_triton.config_for(dtype, 16, keys, 90) is None
     assert_accurate(x)
     assert run(x)[0].stride(2) % 16 == 0
 

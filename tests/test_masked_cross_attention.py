@@ -15,6 +15,7 @@ CASES = {
     "ragged queries": ([3, 1, 2], [4, 4, 4], None),
     "ragged context": ([2, 2, 2], [4, 7, 2], None),
     "empty group and context": ([2, 0, 3, 1], [3, 2, 0, 1], None),
+    "a group without queries": ([2, 0, 2], [3, 3, 3], None),
     "shared contexts": ([2, 2, 2, 2], [3, 3, 3], [1, 1, 2, 1]),
     "ragged shared contexts": ([2, 0, 1, 3], [4, 6, 0, 3, 1], [3, 1, 1, 2]),
     "nothing": ([0, 0], [0, 0], None),
