@@ -28,7 +28,8 @@ def make_config(*, micro_batch_size: int | None = 2, num_workers: int = 0, devic
     config.masking.mask_ratio = (0.3, 0.7)
     config.optim.batch_size = 6
     config.run.device, config.run.micro_batch_size = device, micro_batch_size
-    config.data.image_size, config.data.synthetic_size, config.data.num_workers = 28, 32, num_workers
+    config.data.source, config.data.image_size = "synthetic", 28
+    config.data.synthetic_size, config.data.num_workers = 32, num_workers
     return config
 
 

@@ -57,7 +57,7 @@ def open_source(config: Config) -> IndexedSource | ShardedSource:
         ImportError: the source needs the extra `data`.
     """
     data = config.data
-    kind, _, place = data.source.partition(":")
+    kind, _, place = (data.source or "").partition(":")
     if data.source == "synthetic":
         return SyntheticImages(data.synthetic_size, data.image_size, config.run.seed)
     if kind == "folder" and place:
