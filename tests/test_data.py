@@ -661,7 +661,7 @@ from capi.config import Config
 from capi.data import ImageStream
 config = Config()
 config.data.num_workers, config.optim.batch_size, config.run.device = 2, 4, "cpu"
-config.data.image_size, config.data.synthetic_size = 28, 16
+config.data.source, config.data.image_size, config.data.synthetic_size = "synthetic", 28, 16
 stopped = []
 signal.signal(signal.SIGTERM, lambda *_: stopped.append("SIGTERM"))
 batches = iter(ImageStream(config))
