@@ -330,7 +330,7 @@ def dkdv_config(dtype: torch.dtype, head_dim: int, capability: int) -> Config:
         return Config(32, 64, 4, max_registers=255, num_stages=2)
     if capability == 90:
         return Config(32, 64, 4, num_stages=2)
-    return Config(32, 64, 8, max_registers=255, num_stages=2)
+    return Config(32, 64, 8, max_registers=255 if capability >= 100 else None, num_stages=2)
 
 
 def tiled_forward(x: Operands) -> tuple[Tensor, Tensor]:
