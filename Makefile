@@ -35,7 +35,7 @@ train: $(VENV)/.installed
 PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/python -m pytest -n $(shell nproc) --dist worksteal
 TESTS ?= tests
 NUMERICAL := $(wildcard $(patsubst %,tests/test_%.py,numerics reference sinkhorn clustering student_loss distributed_sinkhorn \
-	     visible_attention masked_cross_attention cross_attention_weights model optim official_parity step train))
+	     visible_attention masked_cross_attention cross_attention_weights model optim official_parity))
 
 test: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

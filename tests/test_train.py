@@ -411,8 +411,7 @@ np.testing.assert_allclose(*results, rtol=1e-5 if config.run.precision == "fp32"
 """
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("mask_ratio", ["0.6", "[0.5,0.7]"])
+@pytest.mark.parametrize(("mask_ratio", "precision"), [("0.6", "fp32"), ("[0.5,0.7]", "bf16")])
 def test_compiled_steps_are_the_same_and_compile_no_more_once_warm(mask_ratio, precision, tmp_path) -> None:
     arguments = [*tiniest(tmp_path), "--masking.mask_ratio", mask_ratio]
     arguments += ["--run.precision", precision, "--run.checkpoint_activations", str(precision == "bf16")]
