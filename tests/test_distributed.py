@@ -1,11 +1,9 @@
 """What ranks do together, in processes of their own."""
 
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
-import torch._dynamo  # Each fork would import it anew.
 import torch.distributed as dist
 from test_train import batch_of
 from tiny_runs import assert_equal_states, load_tiniest
@@ -89,10 +87,8 @@ def of_two_ranks(rank: int, folder: Path) -> None:
 
 
 def test_two_ranks_share_statistics_and_gradients_and_skip_bad_steps_together(tmp_path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of the threads of pytest-xdist.
-        # New interpreters would take seconds to import PyTorch.
-        torch.multiprocessing.start_processes(of_two_ranks, (tmp_path,), nprocs=2, start_method="fork")
+    # A fork would do without autograd's threads, if some test before has started them.
+    torch.multiprocessing.spawn(of_two_ranks, (tmp_path,), nprocs=2)
 
 
 def test_torchrun_with_one_process_trains_as_none(tmp_path, monkeypatch) -> None:
