@@ -102,7 +102,7 @@ def compare_with_one_process(rank: int, world_size: int, folder: Path, kernels: 
     head_of = head_on_kernels if kernels else head_on_cpu
     for positionwise in (True, False):
         compared = []
-        for seed in range(3):  # The loss is one number: several are judged together.
+        for seed in range(2 if kernels else 4):  # The loss is one number: several are judged together.
             whole = inputs(seed)
             oracle = heads_of(*whole, torch.float64, positionwise)
             single = least_exact(partial(heads_of, *whole, torch.float32, positionwise), oracle)
