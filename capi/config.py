@@ -165,6 +165,9 @@ class RunConfig:
     Sinkhorn still balances the whole batch, and gradients are accumulated."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Fuse the pointwise work with torch.compile; auto does on a GPU."""
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"
+    """Replay the step as one CUDA graph, so that no GPU waits for its host; it needs one process on a GPU and a
+    masking.mask_ratio that is no range. auto does where it can."""
     checkpoint_activations: bool = False
     """Keep the inputs of the student's blocks alone and recompute the rest in the backward pass: less memory, about a
     quarter more time."""

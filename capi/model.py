@@ -13,12 +13,12 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from capi.config import ClusteringConfig, ModelConfig
+from capi.drop_path import Branches, DropPath
 from capi.masking import Masks
 from capi.transformer import (
     NORM_EPS,
     CastsWeights,
     CrossAttention,
-    DropPath,
     Packed,
     RMSNorm,
     Rope,
@@ -46,8 +46,7 @@ def normalize_images(
         raise TypeError(f"images must be a tensor of torch.uint8, with values from 0 to 255, got {got}")
     if images.ndim < 3 or images.shape[-3] != 3:
         raise ValueError(f"images must have the shape [..., 3, height, width], got {tuple(images.shape)}")
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device)[:, None, None]
-    std = torch.tensor(IMAGENET_STD, device=images.device)[:, None, None]
+    mean, std = (_channels(values, images).unsqueeze(2) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return (images / 255 - mean) / std
 
 
@@ -114,7 +113,7 @@ class Backbone(nn.Module):
         self,
         images: Shaped[Tensor, "images 3 height width"],
         masks: Masks | None = None,
-        drop_path: DropPath | None = None,
+        branches: Branches | None = None,
     ) -> tuple[Float[Tensor, "tokens dim"], Packed, tuple[int, ...]]:
         """Encodes registers and visible patches (all of them without masks): tokens, their places and counts."""
         grid = self._grid(images)
@@ -144,7 +143,7 @@ class Backbone(nn.Module):
                 coords_parts += [low + edge * (high - low), coords_image]
             x, coords = torch.cat(x_parts), torch.cat(coords_parts)
         packed = pack(counts, coords)
-        return self.enc_norm(self.encoder(x, packed, counts, drop_path=drop_path)), packed, counts
+        return self.enc_norm(self.encoder(x, packed, counts, branches=branches)), packed, counts
 
     def predict(
         self,
@@ -153,13 +152,14 @@ class Backbone(nn.Module):
         drop_path: DropPath | None = None,
     ) -> Float[Tensor, "predicted dim"]:
         """Predicts the latents at `masks.predict_indices`, in their order, from the visible patches."""
-        context = self.encode(images, masks, drop_path)
+        context = self.encode(images, masks, None if drop_path is None else drop_path.encoder)
+        branches = None if drop_path is None else drop_path.predictor
         coords = _grid_coordinates(self._grid(images), images.device)
         coords = coords.index_select(0, masks.predict_indices % coords.shape[0])
         packed = pack(masks.predict_counts, coords)
         # Written out, for the first block to be compiled as the others are.
         x = self.mask_token.to(context[0].dtype).expand(coords.shape[0], -1).contiguous()
-        return self.dec_norm(self.decoder(x, packed, masks.predict_counts, *context, drop_path))
+        return self.dec_norm(self.decoder(x, packed, masks.predict_counts, *context, branches))
 
     def forward(
         self, images: Shaped[Tensor, "images 3 height width"]
@@ -198,7 +198,8 @@ def _grid_coordinates(grid: tuple[int, int], device: torch.device) -> Float[Tens
 
 
 def _channels(values: tuple[float, ...], like: Tensor) -> Float[Tensor, "3 1"]:
-    return torch.tensor(values, device=like.device).unsqueeze(1)
+    # Filled on the device: torch.tensor would copy from memory that is not pinned, and wait for the GPU.
+    return torch.stack([torch.full((1,), value, device=like.device) for value in values])
 
 
 def _register_coordinates(n: int, device: torch.device) -> Float[Tensor, "registers 2"]:

@@ -1,23 +1,90 @@
-"""One training step: the losses of teacher and student, their backward passes, the three updates."""
+"""One training step: the losses of teacher and student, their backward passes, the three updates.
 
+The host draws drop-path and reads the schedules. What follows, `Trainer.losses_and_gradients`, is a function of buffers
+on the device, which a GPU replays as one CUDA graph; the updates behind it are few launches, which the host issues
+while the device still computes.
+"""
+
+import gc
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Lock
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from capi.config import Config
 from capi.distributed import GradientAverage, World, average, mean_over_ranks
+from capi.drop_path import DropPath, draw, received, send
 from capi.masking import Masks
 from capi.model import CAPI, target_entropy
 from capi.optim import all_finite, build_optimizers, schedule_value, set_learning_rates, update_ema
 from capi.seeding import Purpose, generator
-from capi.transformer import DropPath, cast_weights
+from capi.transformer import cast_weights
 from capi_kernels import student_loss
+
+logger = logging.getLogger("capi")
+
+INDICES = ("visible_indices", "predict_indices")
+WARM_UP_STEPS = 3  # In which kernels are compiled and loaded, and libraries allocate what they keep.
+
+MicroBatch = tuple[Shaped[Tensor, "images 3 height width"], Masks]
+
+
+@dataclass
+class StepInputs:
+    """All that the device part of a step reads beside the state: tensors on the device, and shapes."""
+
+    batches: Sequence[MicroBatch]
+    drop_path: Sequence[DropPath | None]
+    drawn: Int[Tensor, "_"] | None
+    """What the branches of `drop_path` are views of."""
+    n_predicted: float
+    """Predictions of a rank, in the mean over the ranks."""
+
+    def tensors(self) -> list[Tensor]:
+        parts = [x for images, masks in self.batches for x in (images, masks.visible_indices, masks.predict_indices)]
+        return parts if self.drawn is None else [*parts, self.drawn]
+
+    def shape(self) -> tuple:
+        """What a CUDA graph that reads such inputs depends on."""
+        counts = [(masks.visible_counts, masks.predict_counts) for _, masks in self.batches]
+        return tuple((tuple(x.shape), x.dtype, x.device) for x in self.tensors()), tuple(counts)
+
+    def buffers(self) -> "StepInputs":
+        """Inputs of the same values and shape, in memory of their own."""
+        batches = [
+            (images.clone(), replace(masks, **{name: getattr(masks, name).clone() for name in INDICES}))
+            for images, masks in self.batches
+        ]
+        if self.drawn is None:
+            return replace(self, batches=batches)
+        drawn = self.drawn.clone()
+        host = [tuple(branches.drawn for branches in drop_path) for drop_path in self.drop_path]
+        return replace(self, batches=batches, drop_path=received(drawn, host, self.n_images()), drawn=drawn)
+
+    def n_images(self) -> list[int]:
+        return [len(images) for images, _ in self.batches]
+
+    def fill(self, other: "StepInputs") -> None:
+        """Takes the values of inputs of the same shape; the addresses stay."""
+        torch._foreach_copy_(self.tensors(), other.tensors())
+
+
+class Losses(NamedTuple):
+    """What the device part of a step leaves beside the gradients."""
+
+    loss: Float[Tensor, ""]
+    clustering_loss: Float[Tensor, ""]
+    target_entropy: Float[Tensor, ""]
+    finite: Bool[Tensor, ""]
+    """Whether losses and gradients are, on this rank."""
+    clusters: Int[Tensor, "predicted"]
 
 
 @dataclass
@@ -32,6 +99,63 @@ class StepResult:
     lr: float
     momentum: float
     clustering_lr: float
+
+
+class StepGraph:
+    """The device part of a step in a CUDA graph, which reads inputs of one shape from buffers of its own.
+
+    What a replay leaves, gradients among it, is overwritten by the next.
+    """
+
+    def __init__(self, shape: tuple):
+        self.shape = shape
+        self.warmed_up = 0
+        self.captured = False
+
+    def capture(
+        self, function: Callable[[StepInputs], Losses], inputs: StepInputs, parameters: Sequence[nn.Parameter]
+    ) -> None:
+        """Records the launches of `function`, without running them.
+
+        Raises:
+            RuntimeError: something in it cannot be captured, or memory is short.
+        """
+        self.inputs = inputs.buffers()
+        for parameter in parameters:
+            parameter.grad = None
+        gc.collect()  # An autograd graph that is still alive would keep gradients on the stream of the steps before.
+        self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            # Relaxed, as a kernel may be loaded that no warm-up met; and other threads pin memory meanwhile.
+            with torch.cuda.graph(self.graph, capture_error_mode="relaxed"):
+                self.losses = function(self.inputs)
+        except RuntimeError as error:
+            torch.cuda.set_stream(stream)  # As the context manager leaves it on success alone.
+            reason = " ".join(str(error.__context__ or error).split())[:300]
+            raise RuntimeError(
+                f"the step cannot be captured in a CUDA graph ({reason}): set run.cuda_graphs off"
+            ) from error
+        self.gradients = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
+        self.captured = True
+
+    def replay(self, inputs: StepInputs) -> Losses:
+        """The losses in memory of their own; the gradients, until the next replay, those of the parameters."""
+        self.inputs.fill(inputs)
+        self.graph.replay()
+        for parameter, gradient in self.gradients:
+            parameter.grad = gradient
+        return Losses(*(x.clone() for x in self.losses))
+
+
+def graphs_obstacle(config: Config, world: World) -> str | None:
+    """Why the step cannot be a CUDA graph; None where it can."""
+    if world.device.type != "cuda":
+        return f"the device is {world.device.type}"
+    if world.size > 1:
+        return f"there are {world.size} processes"
+    if isinstance(config.masking.mask_ratio, tuple):
+        return "masking.mask_ratio is a range"
+    return None
 
 
 class Trainer:
@@ -57,13 +181,15 @@ class Trainer:
             self.statistics = torch.compile(_target_statistics)
             self.model.student.compile_pointwise()
             self.model.student_ema.compile_pointwise()
+        self.uses_graphs = config.run.cuda_graphs != "off" and graphs_obstacle(config, world) is None
+        self._graph: StepGraph | None = None
         self.student: nn.Module = self.model.student
         if world.size > 1:
             self.student = DistributedDataParallel(self.student, gradient_as_bucket_view=True)
 
     def step(
         self,
-        batches: Sequence[tuple[Shaped[Tensor, "images 3 height width"], Masks]],
+        batches: Sequence[MicroBatch],
         step: int,
         launched: Callable[[], None] = lambda: None,
     ) -> StepResult:
@@ -73,48 +199,18 @@ class Trainer:
         micro-batch by micro-batch. A step in which a loss or a gradient is not finite, on any rank, leaves student and
         clustering as they are. `launched` is called each time that the work of a micro-batch is handed to the device.
         """
-        config, head = self.config, self.model.teacher["head"]
+        optim = self.config.optim
         lr, momentum, clustering_lr = (
-            schedule_value(schedule, step, config.optim.steps)
-            for schedule in (config.optim.lr, config.optim.momentum, config.optim.clustering_lr)
+            schedule_value(schedule, step, optim.steps) for schedule in (optim.lr, optim.momentum, optim.clustering_lr)
         )
         student_optimizer, clustering_optimizer = self.optimizers
         set_learning_rates(student_optimizer, clustering_optimizer, lr, clustering_lr)
-        student_optimizer.zero_grad(set_to_none=self.world.size == 1)  # else they stay parts of DDP's buckets
-        clustering_optimizer.zero_grad()
+        inputs = self._inputs(batches, step)
+        graph = self._graph_of(inputs)
+        losses = self.losses_and_gradients(inputs, launched) if graph is None else graph.replay(inputs)
 
-        with cast_weights(self.model.student_ema, self.compute_dtype):
-            features = self._teacher_features([images for images, _ in batches])
-        clustering_loss, potentials = head(features)
-        clustering_loss.backward()
-        clustering_gradients = GradientAverage(head.parameters())
-
-        drop_path = self._drop_path(step)
-        # The ranks' gradients are averaged: with a range of mask ratios they predict different numbers of patches.
-        n_predicted = mean_over_ranks(sum(len(masks.predict_indices) for _, masks in batches), self._ragged)
-        losses, entropies, clusters, first_image = [], [], [], 0
-        with cast_weights(self.model.student, self.compute_dtype):
-            for i, (images, masks) in enumerate(batches):
-                with torch.no_grad():
-                    here = features[first_image : first_image + len(images)]
-                    targets = head.targets(here, potentials, masks.predict_indices, first_image)
-                    entropy, most_likely = self.statistics(targets)
-                    first_image += len(images)
-                with self._gradients_are_averaged(i == len(batches) - 1):
-                    logits = self.student(images, masks, drop_path)
-                    loss = student_loss(logits, targets, config.clustering.student_temperature)
-                    loss = loss * (len(logits) / n_predicted)
-                    loss.backward()
-                losses.append(loss.detach())
-                entropies.append(entropy * (len(logits) / n_predicted))
-                clusters.append(most_likely)
-                launched()
-        loss, entropy = torch.stack(losses).sum(), torch.stack(entropies).sum()
-
-        clustering_gradients.wait()
-        gradients = all_finite(p.grad for p in self.model.parameters() if p.grad is not None)
         # Of any rank: one alone that skipped the update would train another model.
-        finite = average((loss + clustering_loss.detach()).where(gradients, torch.nan)).isfinite()
+        finite = average((losses.loss + losses.clustering_loss).where(losses.finite, torch.nan)).isfinite()
         with self.updating:
             self.steps_done = None
             self.bad_steps = torch.where(finite, 0, self.bad_steps + 1)
@@ -124,14 +220,61 @@ class Trainer:
             update_ema(self.model, momentum)
             clustering_optimizer.step()
             self.steps_done = step + 1
+        if graph is not None:  # Behind the updates, which then are launched while the device computes.
+            for _ in batches:
+                launched()
         return StepResult(
-            loss=loss,
-            clustering_loss=clustering_loss.detach(),
-            target_entropy=entropy,
-            clusters=torch.cat(clusters),
+            loss=losses.loss,
+            clustering_loss=losses.clustering_loss,
+            target_entropy=losses.target_entropy,
+            clusters=losses.clusters,
             lr=lr,
             momentum=momentum,
             clustering_lr=clustering_lr,
+        )
+
+    def losses_and_gradients(self, inputs: StepInputs, launched: Callable[[], None] = lambda: None) -> Losses:
+        """The device part of a step: copies nothing from the host, and reads nothing back.
+
+        The gradients are those of the parameters. What a CUDA graph captures of it are its launches: all that the host
+        decides here depends on the shapes alone.
+        """
+        config, head = self.config, self.model.teacher["head"]
+        student_optimizer, clustering_optimizer = self.optimizers
+        student_optimizer.zero_grad(set_to_none=self.world.size == 1)  # else they stay parts of DDP's buckets
+        clustering_optimizer.zero_grad()
+
+        with cast_weights(self.model.student_ema, self.compute_dtype):
+            features = self._teacher_features([images for images, _ in inputs.batches])
+        clustering_loss, potentials = head(features)
+        clustering_loss.backward()
+        clustering_gradients = GradientAverage(head.parameters())
+
+        losses, entropies, clusters, first_image = [], [], [], 0
+        with cast_weights(self.model.student, self.compute_dtype):
+            for i, ((images, masks), drop_path) in enumerate(zip(inputs.batches, inputs.drop_path, strict=True)):
+                with torch.no_grad():
+                    here = features[first_image : first_image + len(images)]
+                    targets = head.targets(here, potentials, masks.predict_indices, first_image)
+                    entropy, most_likely = self.statistics(targets)
+                    first_image += len(images)
+                with self._gradients_are_averaged(i == len(inputs.batches) - 1):
+                    logits = self.student(images, masks, drop_path)
+                    loss = student_loss(logits, targets, config.clustering.student_temperature)
+                    loss = loss * (len(logits) / inputs.n_predicted)
+                    loss.backward()
+                losses.append(loss.detach())
+                entropies.append(entropy * (len(logits) / inputs.n_predicted))
+                clusters.append(most_likely)
+                launched()
+        clustering_gradients.wait()
+        gradients = all_finite(p.grad for p in self.model.parameters() if p.grad is not None)
+        return Losses(
+            loss=torch.stack(losses).sum(),
+            clustering_loss=clustering_loss.detach(),
+            target_entropy=torch.stack(entropies).sum(),
+            finite=gradients,
+            clusters=torch.cat(clusters),
         )
 
     def state_dict(self) -> dict:
@@ -169,20 +312,37 @@ class Trainer:
             start += len(part)
         return features
 
-    @property
-    def _ragged(self) -> bool:
-        return isinstance(self.config.masking.mask_ratio, tuple)
+    def _inputs(self, batches: Sequence[MicroBatch], step: int) -> StepInputs:
+        """With drop-path as this step draws it, from a generator of its own: a resumed run draws what the first did."""
+        # The ranks' gradients are averaged: with a range of mask ratios they predict different numbers of patches.
+        ragged = isinstance(self.config.masking.mask_ratio, tuple)
+        n_predicted = mean_over_ranks(sum(len(masks.predict_indices) for _, masks in batches), ragged)
+        model = self.config.model
+        if model.drop_path_rate == 0:
+            return StepInputs(batches, [None] * len(batches), None, n_predicted)
+        rng = generator(Purpose.DROP_PATH, self.config.run.seed, step, self.world.rank)
+        n_images, depths = [len(images) for images, _ in batches], (model.encoder_depth, model.predictor_depth)
+        host = [draw(model.drop_path_rate, depths, n, rng) for n in n_images]
+        drawn = send(host, n_images, self.world.device)
+        return StepInputs(batches, received(drawn, host, n_images), drawn, n_predicted)
+
+    def _graph_of(self, inputs: StepInputs) -> StepGraph | None:
+        """The graph that computes such inputs, captured now if that many steps have run without; None before."""
+        if not self.uses_graphs:
+            return None
+        if self._graph is None or self._graph.shape != inputs.shape():
+            self._graph = StepGraph(inputs.shape())
+        if self._graph.warmed_up < WARM_UP_STEPS:
+            self._graph.warmed_up += 1
+            return None
+        if not self._graph.captured:
+            self._graph.capture(self.losses_and_gradients, inputs, list(self.model.parameters()))
+            logger.info("the step is a CUDA graph from now on (run.cuda_graphs)")
+        return self._graph
 
     def _gradients_are_averaged(self, last: bool) -> AbstractContextManager:
         """Over the ranks, once a step: in the backward of the last micro-batch."""
         return nullcontext() if last or self.world.size == 1 else self.student.no_sync()
-
-    def _drop_path(self, step: int) -> DropPath | None:
-        """Every step draws from a generator of its own, so that a resumed run draws what the first would have."""
-        rate = self.config.model.drop_path_rate
-        if rate == 0:
-            return None
-        return DropPath(rate, generator(Purpose.DROP_PATH, self.config.run.seed, step, self.world.rank))
 
 
 def _named_tensors(state: dict, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -20,7 +20,7 @@ from capi.masking import check_masking
 from capi.metrics import AssignmentStatistics, MetricsWriter, entropy_floor, peak_flops, training_flop_per_image
 from capi.results import Results
 from capi.resume import Start, begin, described, run_folder, together
-from capi.step import StepResult, Trainer
+from capi.step import StepResult, Trainer, graphs_obstacle
 from capi.stopping import Stopped, StopRequest
 
 logger = logging.getLogger("capi")
@@ -61,6 +61,9 @@ def _check(config: Config, world: World) -> None:
     check_config(config, world.size)
     side = config.data.image_size // config.model.patch_size
     check_masking(config.masking, (side, side))
+    obstacle = graphs_obstacle(config, world)
+    if config.run.cuda_graphs == "on" and obstacle is not None:
+        raise ValueError(f"run.cuda_graphs is on, but {obstacle}; expected auto or off")
 
 
 def _run_steps(trainer: Trainer, begun: Start, run_dir: Path, results: Results, stop: StopRequest) -> int | None:
@@ -311,6 +314,9 @@ def _announce(config: Config, trainer: Trainer, start: int) -> None:
         "%s: %.2f M student parameters, %d images a step over %d process(es) on %s, %s",
         *(config.run.output_dir, millions, config.optim.batch_size, trainer.world.size, device, trainer.compute_dtype),
     )
+    obstacle = graphs_obstacle(config, trainer.world)
+    if trainer.world.device.type == "cuda" and config.run.cuda_graphs == "auto" and obstacle is not None:
+        logger.info("the host launches every step anew, without a CUDA graph: %s", obstacle)
     if 0 < start < config.optim.steps:
         logger.info("resuming after step %d", start)
     if start >= config.optim.steps:

@@ -1,4 +1,4 @@
-"""Transformer blocks over packed tokens: attention, MLP, and residual branches computed for a subset of the images.
+"""Transformer blocks over packed tokens: attention, MLP, and residual branches, all images or a subset (`drop_path`).
 
 The tokens of all images of a batch stand in one [tokens, dim] array, image after image. Layers compute in the type of
 their weights; inside `cast_weights` that is the type of copies made once for many forwards.
@@ -8,14 +8,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from capi.drop_path import AddRows, Branches, Subset, TakeRows, sent, subsets
 from capi.masking import cumulative_lengths
 from capi_kernels import (
     cross_attention_weights,
@@ -39,100 +38,11 @@ class Packed(NamedTuple):
 
 def pack(counts: Sequence[int], coords: Float[Tensor, "tokens 2"]) -> Packed:
     """The images' numbers of tokens, which the host knows, and all their coordinates."""
-    return Packed(cumulative_lengths(counts).to(coords.device, non_blocking=True), coords, max(counts, default=0))
-
-
-class Subset(NamedTuple):
-    """The images that a residual branch is computed for, as tokens of a packed array."""
-
-    tokens: Int[Tensor, "kept"]
-    """Their places in the whole."""
-    place: Int[Tensor, "tokens"]
-    """The place of each token of the whole in the subset, -1 where it is left out."""
-    cu_seqlens: Int[Tensor, "kept_images_plus_1"]
-    weight: float
-    """Makes up for the images left out."""
-
-
-class DropPath:
-    """Draws, on the host, which images a residual branch is computed for."""
-
-    def __init__(self, rate: float, rng: np.random.Generator):
-        self.keep = 1 - rate
-        self.rng = rng
-
-    def draw(self, n_images: int, n_branches: int) -> Int[np.ndarray, "branches kept"]:
-        n_kept = max(int(n_images * self.keep), 1)
-        return np.stack([self.rng.permutation(n_images)[:n_kept] for _ in range(n_branches)])
-
-
-def subsets(images: Int[np.ndarray, "branches kept"], counts: Sequence[int], device: torch.device) -> list[Subset]:
-    """The tokens of each branch's images, whatever their `counts` of tokens."""
-    n_images, n_kept = len(counts), images.shape[1]
-    weight = n_images / n_kept
-    if len(set(counts)) > 1:
-        starts = np.concatenate([[0], np.cumsum(counts)])
-        result = []
-        for kept in images:
-            tokens = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in kept])
-            place = np.full(starts[-1], -1)
-            place[tokens] = np.arange(len(tokens))
-            cu_seqlens = cumulative_lengths([counts[i] for i in kept])
-            parts = (torch.from_numpy(tokens), torch.from_numpy(place), cu_seqlens)
-            result.append(Subset(*(_sent(x, device) for x in parts), weight))
-        return result
-    # All branches in one transfer; the device expands images to tokens.
-    place = np.full((len(images), n_images), -1)
-    np.put_along_axis(place, images, np.arange(n_kept)[None], axis=1)
-    both = _sent(torch.from_numpy(np.concatenate([images, place], axis=1)), device).unsqueeze(-1)
-    n_tokens = counts[0]
-    offset = torch.arange(n_tokens, device=device)
-    kept, place = both.split([n_kept, n_images], dim=1)
-    tokens = (kept * n_tokens + offset).flatten(1)
-    place = torch.where(place < 0, -1, place * n_tokens + offset).flatten(1)
-    cu_seqlens = torch.arange(n_kept + 1, dtype=torch.int32, device=device) * n_tokens
-    return [Subset(*both, cu_seqlens, weight) for both in zip(tokens.unbind(), place.unbind(), strict=True)]
-
-
-def _sent(x: Tensor, device: torch.device) -> Tensor:
-    """x on the device; from pinned memory, since a copy from any other waits for the GPU."""
-    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
-
-
-class _TakeRows(torch.autograd.Function):
-    """x[tokens]; since no token is taken twice, the gradient is read rather than scattered: in one order, and fused."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, tokens: Tensor, place: Tensor) -> Tensor:
-        ctx.save_for_backward(place)
-        return x.index_select(0, tokens)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor, None, None]:
-        (place,) = ctx.saved_tensors
-        return _placed(dy, place), None, None
-
-
-class _AddRows(torch.autograd.Function):
-    """x, and on its rows `tokens` weight * y more."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, y: Tensor, tokens: Tensor, place: Tensor, weight: float) -> Tensor:
-        ctx.save_for_backward(tokens)
-        ctx.weight = weight
-        return torch.add(x, _placed(y, place), alpha=weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, dout: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        (tokens,) = ctx.saved_tensors
-        return dout, dout.index_select(0, tokens) * ctx.weight, None, None, None
-
-
-def _placed(x: Tensor, place: Tensor) -> Tensor:
-    """Rows of x where they belong, zeros where none does."""
-    return torch.where((place < 0).unsqueeze(1), 0, x.index_select(0, place.clamp(min=0)))
+    if len(set(counts)) == 1:  # Nothing is sent, so that a CUDA graph can hold it.
+        cu_seqlens = torch.arange(len(counts) + 1, dtype=torch.int32, device=coords.device) * counts[0]
+    else:
+        cu_seqlens = sent(cumulative_lengths(counts), coords.device)
+    return Packed(cu_seqlens, coords, max(counts, default=0))
 
 
 class CastsWeights(nn.Module):
@@ -294,8 +204,8 @@ class Residual(nn.Module):
     ) -> Float[Tensor, "tokens dim"]:
         if subset is None:
             return x + self.fn(self.norm(x), *arguments)
-        kept = _TakeRows.apply(x, subset.tokens, subset.place)
-        return _AddRows.apply(x, self.fn(self.norm(kept), *arguments), subset.tokens, subset.place, subset.weight)
+        kept = TakeRows.apply(x, subset.tokens, subset.place)
+        return AddRows.apply(x, self.fn(self.norm(kept), *arguments), subset.tokens, subset.place, subset.weight)
 
 
 def _restricted(packed: Packed, subset: Subset | None) -> Packed:
@@ -326,7 +236,7 @@ class Block(nn.Module):
         arguments = (_restricted(packed, attention_subset),)
         if context is not None:
             if context_subset is not None:
-                context = _TakeRows.apply(context, context_subset.tokens, context_subset.place)
+                context = TakeRows.apply(context, context_subset.tokens, context_subset.place)
             arguments += (context, _restricted(context_packed, context_subset), values_last)
         x = self.residual1(x, attention_subset, *arguments)
         return self.residual2(x, mlp_subset)
@@ -346,15 +256,15 @@ class Transformer(nn.Module):
         context: Float[Tensor, "context dim"] | None = None,
         context_packed: Packed | None = None,
         context_counts: Sequence[int] = (),
-        drop_path: DropPath | None = None,
+        branches: Branches | None = None,
     ) -> Float[Tensor, "tokens dim"]:
         depth = len(self.blocks)
         attention = of_context = mlp = [None] * depth
-        if drop_path is not None:
-            drawn = drop_path.draw(len(counts), 2 * depth)
-            attention, mlp = subsets(drawn[:depth], counts, x.device), subsets(drawn[depth:], counts, x.device)
+        if branches is not None:  # Those of the attentions, then those of the MLPs.
+            of_attention, of_mlp = branches.part(slice(depth)), branches.part(slice(depth, None))
+            attention, mlp = subsets(of_attention, counts), subsets(of_mlp, counts)
             if context is not None:
-                of_context = subsets(drawn[:depth], context_counts, x.device)
+                of_context = subsets(of_attention, context_counts)
         # Chosen here, on the host: in a compiled block it would be another condition to compile for.
         heads = self.blocks[0].residual1.fn.num_heads
         values_last = context is not None and _values_come_last(counts, context_counts, heads, x.shape[1])

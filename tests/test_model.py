@@ -6,6 +6,7 @@ import torch
 
 from capi import transformer
 from capi.config import ClusteringConfig, MaskingConfig, ModelConfig
+from capi.drop_path import Branches, DropPath, draw, received, send, subsets
 from capi.masking import Masks, sample_masks
 from capi.model import (
     CAPI,
@@ -15,7 +16,7 @@ from capi.model import (
     normalize_images,
     target_entropy,
 )
-from capi.transformer import DropPath, Residual, cast_weights, pack, subsets
+from capi.transformer import Residual, cast_weights, pack
 from capi_kernels import rotary_tables
 
 SHAPE = ModelConfig(
@@ -105,6 +106,20 @@ def test_no_registers_at_all() -> None:
     assert backbone(images)[1].shape == (5, 0, 32)
 
 
+def drop_path(rate: float, backbone: Backbone, n_images: int) -> DropPath:
+    depths = len(backbone.encoder.blocks), len(backbone.decoder.blocks)
+    drawn = [draw(rate, depths, n_images, np.random.default_rng(0))]
+    (result,) = received(send(drawn, [n_images], torch.device("cpu")), drawn, [n_images])
+    return result
+
+
+def branches(images: list[list[int]], n_images: int) -> Branches:
+    nothing = np.empty((0, 0), dtype=np.int64)
+    drawn = [(np.array(images), nothing)]
+    (result,) = received(send(drawn, [n_images], torch.device("cpu")), drawn, [n_images])
+    return result.encoder
+
+
 def test_drop_path_computes_the_kept_images_alone_and_weighs_them_up() -> None:
     """One block by hand: x + b/n_keep * residual on the drawn images, x elsewhere."""
     backbone, (images, masks) = make_backbone(), make_batch()
@@ -112,7 +127,8 @@ def test_drop_path_computes_the_kept_images_alone_and_weighs_them_up() -> None:
     assert len(set(counts)) > 1
     block = backbone.encoder.blocks[0]
     n_tokens, weight = [0, *np.cumsum(counts)], 5 / 3
-    first, second = drawn = DropPath(0.4, np.random.default_rng(3)).draw(5, 2)
+    drawn, _ = draw(0.4, (1, 1), 5, np.random.default_rng(3))
+    first, second = drawn
     assert set(first) != set(second)
     expected = []
     for image in range(5):
@@ -124,14 +140,14 @@ def test_drop_path_computes_the_kept_images_alone_and_weighs_them_up() -> None:
         if image in second:
             tokens = tokens + weight * block.residual2.fn(block.residual2.norm(tokens))
         expected.append(tokens)
-    attention, mlp = subsets(drawn, counts, x.device)
+    attention, mlp = subsets(branches(drawn.tolist(), 5), counts)
     actual = block(x, packed, attention_subset=attention, mlp_subset=mlp)
     torch.testing.assert_close(actual, torch.cat(expected), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("counts", [(3, 3, 3), (3, 0, 2)])
 def test_subsets_of_tokens(counts) -> None:
-    (subset,) = subsets(np.array([[2, 0]]), counts, torch.device("cpu"))
+    (subset,) = subsets(branches([[2, 0]], 3), counts)
     starts = [0, *np.cumsum(counts)]
     tokens = [*range(starts[2], starts[3]), *range(starts[0], starts[1])]
     assert subset.tokens.tolist() == tokens
@@ -143,7 +159,7 @@ def test_subsets_of_tokens(counts) -> None:
 
 def test_gradients_of_a_subset_are_those_of_plain_indexing() -> None:
     x = torch.randn(8, 4, dtype=torch.float64, requires_grad=True)
-    (subset,) = subsets(np.array([[2, 0]]), (3, 3, 2), torch.device("cpu"))
+    (subset,) = subsets(branches([[2, 0]], 3), (3, 3, 2))
     linear = torch.nn.Linear(4, 4).double()
     actual = Residual(4, linear).double()
     plain = x.index_add(0, subset.tokens, linear(actual.norm(x[subset.tokens])), alpha=1.5)
@@ -163,7 +179,7 @@ def test_drop_path_of_the_predictor_keeps_queries_with_their_own_image() -> None
     """With a rate so small that every image is kept, in shuffled order, nothing may change."""
     for masking in (RAGGED, MaskingConfig(mask_ratio=0.65, prediction_subsampling=0.4)):
         backbone, (images, masks) = make_backbone(), make_batch(masking=masking)
-        shuffled = DropPath(0.0, np.random.default_rng(0))
+        shuffled = drop_path(0.0, backbone, 5)
         torch.testing.assert_close(
             backbone.predict(images, masks, shuffled), backbone.predict(images, masks), rtol=0, atol=1e-12
         )
@@ -171,7 +187,7 @@ def test_drop_path_of_the_predictor_keeps_queries_with_their_own_image() -> None
 
 def test_every_branch_draws_its_own_images_and_the_context_follows_the_queries() -> None:
     backbone, (images, masks) = make_backbone(), make_batch(n=16)
-    branches: list[tuple[int, ...]] = []
+    images_of: list[tuple[int, ...]] = []
 
     def record(block, arguments) -> None:
         _, packed, context, context_packed, attention, of_context, mlp, _ = arguments
@@ -182,19 +198,20 @@ def test_every_branch_draws_its_own_images_and_the_context_follows_the_queries()
         ]
         if context is not None:
             assert drawn.pop() == drawn[0]
-        branches.extend(drawn)
+        images_of.extend(drawn)
 
     for block in (*backbone.encoder.blocks, *backbone.decoder.blocks):
         block.register_forward_pre_hook(record)
-    backbone.predict(images, masks, DropPath(0.5, np.random.default_rng(0)))
-    assert len(branches) == len(set(branches)) == 8
-    assert {len(branch) for branch in branches} == {8}
+    backbone.predict(images, masks, drop_path(0.5, backbone, 16))
+    assert len(images_of) == len(set(images_of)) == 8
+    assert {len(branch) for branch in images_of} == {8}
 
 
 def test_drop_path_counts() -> None:
     for n_images, kept in [(512, 409), (5, 4), (2, 1), (1, 1)]:
-        images = DropPath(0.2, np.random.default_rng(0)).draw(n_images, 3)
-        assert images.shape == (3, kept)
+        images, of_predictor = draw(0.2, (2, 1), n_images, np.random.default_rng(0))
+        assert images.shape == (4, kept)
+        assert of_predictor.shape == (2, kept)
         assert all(len(set(branch)) == kept for branch in images.tolist())
 
 
@@ -214,7 +231,7 @@ def test_values_last_are_values_first(monkeypatch) -> None:
     for last in (True, False):
         monkeypatch.setattr(transformer, "_values_come_last", lambda *_, last=last: last)
         backbone.zero_grad()
-        out = backbone.predict(images, masks, DropPath(0.4, np.random.default_rng(0)))
+        out = backbone.predict(images, masks, drop_path(0.4, backbone, 5))
         out.square().sum().backward()
         results.append({name: p.grad for name, p in backbone.named_parameters() if p.grad is not None} | {"out": out})
     for name, x in results[0].items():
