@@ -65,6 +65,19 @@ def set_learning_rates(
         group["lr"] = clustering_lr
 
 
+def allocate_states(optimizer: torch.optim.Optimizer) -> None:
+    """Makes the moments, zeros, of a fused optimiser before its first step rather than in it.
+
+    There they would lie between activations, whose memory could then not be given back.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.found_inf = torch.ones((), device=parameters[0].device)  # A step that updates nothing.
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 @torch.no_grad()
 def all_finite(tensors: Iterable[Tensor]) -> Bool[Tensor, ""]:
     """Whether every value is, on the device: one pass over the tensors, which must be of one device and type."""

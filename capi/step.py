@@ -23,7 +23,14 @@ from capi.distributed import GradientAverage, World, average, mean_over_ranks
 from capi.drop_path import DropPath, draw, received, send
 from capi.masking import Masks
 from capi.model import CAPI, target_entropy
-from capi.optim import all_finite, build_optimizers, schedule_value, set_learning_rates, update_ema
+from capi.optim import (
+    all_finite,
+    allocate_states,
+    build_optimizers,
+    schedule_value,
+    set_learning_rates,
+    update_ema,
+)
 from capi.seeding import Purpose, generator
 from capi.transformer import cast_weights
 from capi_kernels import student_loss
@@ -183,6 +190,9 @@ class Trainer:
             self.model.student_ema.compile_pointwise()
         self.uses_graphs = config.run.cuda_graphs != "off" and graphs_obstacle(config, world) is None
         self._graph: StepGraph | None = None
+        if self.uses_graphs:  # The graph has memory of its own, which the eager steps before it must give back.
+            for optimizer in self.optimizers:
+                allocate_states(optimizer)
         self.student: nn.Module = self.model.student
         if world.size > 1:
             self.student = DistributedDataParallel(self.student, gradient_as_bucket_view=True)

@@ -3,7 +3,7 @@ import torch
 
 from capi.config import ClusteringConfig, ModelConfig, OptimConfig, ScheduleConfig
 from capi.model import CAPI
-from capi.optim import all_finite, build_optimizers, schedule_value, set_learning_rates, update_ema
+from capi.optim import all_finite, allocate_states, build_optimizers, schedule_value, set_learning_rates, update_ema
 
 SHAPE = ModelConfig(patch_size=4, embed_dim=16, num_heads=2, encoder_depth=1, predictor_depth=1, n_registers=4)
 
@@ -77,3 +77,16 @@ def test_one_bad_value_among_all_is_found(bad) -> None:
     assert all_finite(tensors)
     tensors[1][1, 0] = bad
     assert not all_finite(tensors)
+
+
+def test_states_made_ahead_are_those_of_no_step(model) -> None:
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer, _ = build_optimizers(model, OptimConfig())
+    allocate_states(optimizer)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+        assert parameter.grad is None, name
+    assert len(optimizer.state) == sum(len(group["params"]) for group in optimizer.param_groups)
+    for state in optimizer.state.values():
+        assert state.keys() == {"step", "exp_avg", "exp_avg_sq"}
+        assert not any(x.any() for x in state.values())

@@ -14,6 +14,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks import step_graph
+from benchmarks.gate import Gate
 from capi import drop_path, model, transformer
 from capi.config import Config
 from capi.distributed import World
@@ -269,6 +271,28 @@ def test_where_there_are_no_graphs(tmp_path, capsys) -> None:
     assert not Trainer(fixed, World(0, 1, CPU)).uses_graphs
     assert main([*tiniest(tmp_path), "--run.cuda_graphs", "on"]) == 1
     assert "run.cuda_graphs is on, but the device is cpu; expected auto or off" in capsys.readouterr().err
+
+
+def test_the_script_tells_a_graph_from_a_step(tmp_path, cpu_graphs, monkeypatch, capsys) -> None:
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    for name in ("max_memory_allocated", "memory_reserved"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 1 << 30)
+    monkeypatch.setattr(step_graph.step_profile, "inspect", lambda *_: {"launches": 3})
+    monkeypatch.setitem(step_graph.BATCHES, "tiny", 2)
+    monkeypatch.setattr(step_graph, "TIMED", 1)
+    case = step_graph.Case("tiny", tmp_path, CPU)
+    assert case.run(Gate("tiny"))
+    out = capsys.readouterr().out
+    assert len(cpu_graphs) == 1
+    assert "eager: peak 1.00 GiB" in out
+    assert "graph: {'launches': 3}" in out
+    assert "180 of 180 tensors are equal to the bit\n" in out
+
+    replay = StepGraph.replay
+    monkeypatch.setattr(StepGraph, "replay", lambda self, inputs: replay(self, inputs)._replace(loss=torch.zeros(())))
+    assert not case.run(Gate("tiny"))
+    assert "loss of step 3 differs by" in capsys.readouterr().out
 
 
 CASES = {
