@@ -54,7 +54,7 @@ class PatchEmbed(nn.Conv2d, CastsWeights):
     """The convolution as a linear map of the patches, so that those that nobody sees are not computed."""
 
     def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return self.weight.flatten(1).to(dtype), self.bias.to(dtype)
+        return _padded(self.weight.flatten(1).to(dtype)), self.bias.to(dtype)
 
     def forward(
         self, images: Shaped[Tensor, "images 3 height width"], indices: Int[Tensor, "visible"] | None = None
@@ -66,7 +66,12 @@ class PatchEmbed(nn.Conv2d, CastsWeights):
             patches = patches.index_select(0, indices)
         if patches.dtype == torch.uint8:
             patches = (patches / 255 - _channels(IMAGENET_MEAN, patches)) / _channels(IMAGENET_STD, patches)
-        return F.linear(patches.flatten(1).to(weight.dtype), weight, bias)
+        return F.linear(_padded(patches.flatten(1).to(weight.dtype)), weight, bias)
+
+
+def _padded(x: Shaped[Tensor, "rows channels"]) -> Shaped[Tensor, "rows padded"]:
+    """With zeros up to a multiple of eight channels: of a patch's 588 cuBLAS makes no fast product."""
+    return F.pad(x, (0, -x.shape[1] % 8)) if x.shape[1] % 8 else x
 
 
 class Backbone(nn.Module):
@@ -198,8 +203,10 @@ def _grid_coordinates(grid: tuple[int, int], device: torch.device) -> Float[Tens
 
 
 def _channels(values: tuple[float, ...], like: Tensor) -> Float[Tensor, "3 1"]:
-    # Filled on the device: torch.tensor would copy from memory that is not pinned, and wait for the GPU.
-    return torch.stack([torch.full((1,), value, device=like.device) for value in values])
+    # Made on the device: torch.tensor would copy from memory that is not pinned, and wait for the GPU.
+    channel = torch.arange(3, device=like.device).unsqueeze(1)
+    first, second, third = values
+    return torch.where(channel == 0, first, torch.where(channel == 1, second, third))
 
 
 def _register_coordinates(n: int, device: torch.device) -> Float[Tensor, "registers 2"]:

@@ -181,6 +181,8 @@ class Trainer:
         self.updating = Lock()
         """Held while the state changes: who holds it finds it whole."""
         self.statistics = _target_statistics
+        # On a CPU the product and the sum are as fast apart.
+        self.model.student_ema.backbone.encoder.in_place = world.device.type == "cuda"
         for backbone in (self.model.student.backbone, self.model.student_ema.backbone):
             for transformer in (backbone.encoder, backbone.decoder):
                 transformer.checkpoint_activations = config.run.checkpoint_activations
@@ -254,7 +256,8 @@ class Trainer:
         student_optimizer.zero_grad(set_to_none=self.world.size == 1)  # else they stay parts of DDP's buckets
         clustering_optimizer.zero_grad()
 
-        with cast_weights(self.model.student_ema, self.compute_dtype):
+        teacher = self.model.student_ema.backbone
+        with cast_weights(nn.ModuleList([teacher.patch_embed, teacher.encoder]), self.compute_dtype):
             features = self._teacher_features([images for images, _ in inputs.batches])
         clustering_loss, potentials = head(features)
         clustering_loss.backward()

@@ -75,6 +75,27 @@ def cast_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
             layer._cast = None
 
 
+@torch.library.custom_op("capi::add_product_", mutates_args=("x",))
+def add_product_(x: Tensor, y: Tensor, weight: Tensor) -> None:
+    """x += y weight^T. The compiler would make the sum and the product one `addmm` as well, but copy x before it."""
+    x.addmm_(y, weight.mT)
+
+
+@add_product_.register_fake
+def _(x: Tensor, y: Tensor, weight: Tensor) -> None:
+    pass
+
+
+def _product(
+    y: Float[Tensor, "tokens width"], weight: Float[Tensor, "dim width"], onto: Float[Tensor, "tokens dim"] | None
+) -> Float[Tensor, "tokens dim"]:
+    """y weight^T, added to `onto` in place if that is given."""
+    if onto is None:
+        return F.linear(y, weight)
+    add_product_(onto, y, weight)
+    return onto
+
+
 class Rope(nn.Module):
     """Frequencies of the two-dimensional rotary embedding, in radians over the image's side; never trained."""
 
@@ -111,12 +132,14 @@ class SelfAttention(Attention):
         qkv = [layer.weight.to(dtype) for layer in (self.q_proj, self.k_proj, self.v_proj)]
         return torch.cat(qkv), self.proj.weight.to(dtype)
 
-    def forward(self, x: Float[Tensor, "tokens dim"], packed: Packed) -> Float[Tensor, "tokens dim"]:
+    def forward(
+        self, x: Float[Tensor, "tokens dim"], packed: Packed, *, onto: Float[Tensor, "tokens dim"] | None = None
+    ) -> Float[Tensor, "tokens dim"]:
         qkv_weight, proj_weight = self.weights()
         qkv = F.linear(x, qkv_weight).unflatten(-1, (3, self.num_heads, -1))
         tables = rotary_tables(packed.coords, self.rope.freqs)
         out = visible_attention_qkvpacked(qkv, *tables, packed.cu_seqlens, packed.max_seqlen)
-        return F.linear(out.flatten(1), proj_weight)
+        return _product(out.flatten(1), proj_weight, onto)
 
 
 class CrossAttention(Attention):
@@ -133,6 +156,8 @@ class CrossAttention(Attention):
         context: Float[Tensor, "context dim"],
         context_packed: Packed,
         values_last: bool,
+        *,
+        onto: Float[Tensor, "queries dim"] | None = None,
     ) -> Float[Tensor, "queries dim"]:
         q_weight, kv_weight, proj_weight = self.weights()
         q = F.linear(x, q_weight).unflatten(-1, (self.num_heads, -1))
@@ -155,7 +180,7 @@ class CrossAttention(Attention):
         else:
             kv = F.linear(context, kv_weight).unflatten(-1, (2, self.num_heads, -1))
             out = masked_cross_attention_kvpacked(q, kv, *where)
-        return F.linear(out.flatten(1), proj_weight)
+        return _product(out.flatten(1), proj_weight, onto)
 
 
 def _values_come_last(counts: Sequence[int], context_counts: Sequence[int], heads: int, dim: int) -> bool:
@@ -186,13 +211,15 @@ class Mlp(CastsWeights):
     def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return self.fc1.weight.to(dtype), self.fc2.weight.to(dtype)
 
-    def forward(self, x: Float[Tensor, "tokens dim"]) -> Float[Tensor, "tokens dim"]:
+    def forward(
+        self, x: Float[Tensor, "tokens dim"], *, onto: Float[Tensor, "tokens dim"] | None = None
+    ) -> Float[Tensor, "tokens dim"]:
         fc1, fc2 = self.weights()
-        return F.linear(F.gelu(F.linear(x, fc1)), fc2)
+        return _product(F.gelu(F.linear(x, fc1)), fc2, onto)
 
 
 class Residual(nn.Module):
-    """x + fn(norm(x), ...); on a subset of the images alone where one is given, re-weighted."""
+    """x + fn(norm(x), ...), in place if so told; on a subset of the images alone where one is given, re-weighted."""
 
     def __init__(self, dim: int, fn: nn.Module):
         super().__init__()
@@ -200,8 +227,14 @@ class Residual(nn.Module):
         self.fn = fn
 
     def forward(
-        self, x: Float[Tensor, "tokens dim"], subset: Subset | None, *arguments: Tensor | Packed | bool
+        self,
+        x: Float[Tensor, "tokens dim"],
+        subset: Subset | None,
+        *arguments: Tensor | Packed | bool,
+        in_place: bool = False,
     ) -> Float[Tensor, "tokens dim"]:
+        if in_place:
+            return self.fn(self.norm(x), *arguments, onto=x)
         if subset is None:
             return x + self.fn(self.norm(x), *arguments)
         kept = TakeRows.apply(x, subset.tokens, subset.place)
@@ -232,14 +265,15 @@ class Block(nn.Module):
         context_subset: Subset | None = None,
         mlp_subset: Subset | None = None,
         values_last: bool = False,
+        in_place: bool = False,
     ) -> Float[Tensor, "tokens dim"]:
         arguments = (_restricted(packed, attention_subset),)
         if context is not None:
             if context_subset is not None:
                 context = TakeRows.apply(context, context_subset.tokens, context_subset.place)
             arguments += (context, _restricted(context_packed, context_subset), values_last)
-        x = self.residual1(x, attention_subset, *arguments)
-        return self.residual2(x, mlp_subset)
+        x = self.residual1(x, attention_subset, *arguments, in_place=in_place)
+        return self.residual2(x, mlp_subset, in_place=in_place)
 
 
 class Transformer(nn.Module):
@@ -247,6 +281,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(Block(dim, attention(dim, num_heads)) for _ in range(depth))
         self.checkpoint_activations = False
+        self.in_place = False
+        """Without gradients and drop-path, add the residual branches to the x that is given, which is lost."""
 
     def forward(
         self,
@@ -268,8 +304,9 @@ class Transformer(nn.Module):
         # Chosen here, on the host: in a compiled block it would be another condition to compile for.
         heads = self.blocks[0].residual1.fn.num_heads
         values_last = context is not None and _values_come_last(counts, context_counts, heads, x.shape[1])
+        in_place = self.in_place and branches is None and not torch.is_grad_enabled()
         for block, *chosen in zip(self.blocks, attention, of_context, mlp, strict=True):
-            arguments = (x, packed, context, context_packed, *chosen, values_last)
+            arguments = (x, packed, context, context_packed, *chosen, values_last, in_place)
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:

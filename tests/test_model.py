@@ -13,6 +13,7 @@ from capi.model import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Backbone,
+    PatchEmbed,
     normalize_images,
     target_entropy,
 )
@@ -49,6 +50,34 @@ def test_packed_images_of_different_lengths_equal_each_image_alone() -> None:
     for image, predicted in enumerate(together):
         alone = backbone.predict(images[image : image + 1], masks_of_image(masks, image, 35))
         torch.testing.assert_close(predicted, alone, rtol=0, atol=1e-12)
+
+
+def test_residual_branches_added_in_place_are_the_same_features() -> None:
+    backbone, (images, masks) = make_backbone(), make_batch()
+    for given in (None, masks):
+        with torch.no_grad():
+            expected, *_ = backbone.encode(images, given)
+            backbone.encoder.in_place = True
+            actual, *_ = backbone.encode(images, given)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+        with_gradients, *_ = backbone.encode(images, given)  # Whose x is needed for the backward pass.
+        assert torch.equal(with_gradients, expected)
+        backbone.encoder.in_place = False
+
+
+def test_patches_are_padded_to_channels_of_a_fast_product() -> None:
+    """A patch of 14 pixels has 588: the zeros change neither the embedding nor its gradients."""
+    torch.manual_seed(0)
+    layer = PatchEmbed(3, 8, kernel_size=14, stride=14).double()
+    assert layer.cast(torch.float64)[0].shape == (8, 592)
+    images = torch.randn(2, 3, 28, 42, dtype=torch.float64)
+    upstream = torch.randn(2, 8, 2, 3, dtype=torch.float64)
+    plain = torch.nn.functional.conv2d(images, layer.weight, layer.bias, stride=14)
+    expected = torch.autograd.grad(plain, layer.parameters(), upstream)
+    out = layer(images).unflatten(0, (2, 2, 3)).permute(0, 3, 1, 2)
+    torch.testing.assert_close(out, plain, rtol=0, atol=1e-12)
+    for actual, gradient in zip(torch.autograd.grad(out, layer.parameters(), upstream), expected, strict=True):
+        torch.testing.assert_close(actual, gradient, rtol=0, atol=1e-11)
 
 
 def test_a_prediction_depends_on_no_other_query() -> None:
@@ -190,7 +219,7 @@ def test_every_branch_draws_its_own_images_and_the_context_follows_the_queries()
     images_of: list[tuple[int, ...]] = []
 
     def record(block, arguments) -> None:
-        _, packed, context, context_packed, attention, of_context, mlp, _ = arguments
+        _, packed, context, context_packed, attention, of_context, mlp, *_ = arguments
         starts = [(attention, packed), (mlp, packed)] + ([] if context is None else [(of_context, context_packed)])
         drawn = [
             tuple((torch.searchsorted(layout.cu_seqlens, subset.tokens, right=True) - 1).unique().tolist())

@@ -2,8 +2,11 @@
 
 import copy
 import gc
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from shutil import which
 
 import numpy as np
 import pytest
@@ -81,6 +84,7 @@ def on_meta(config: Config, parts: int) -> tuple[Trainer, StepInputs]:
     """A trainer and inputs without values, as a GPU would have them."""
     trainer = Trainer(config, World(0, 1, CPU))
     trainer.model.to(META)
+    trainer.model.student_ema.backbone.encoder.in_place = True
     trainer.world, trainer.compute_dtype = World(0, 1, META), torch.bfloat16
     batches = [(images.to(META), masks.to(META)) for images, masks in draw_batches(config, 0, parts)]
     return trainer, trainer._inputs(batches, 3)
@@ -135,6 +139,37 @@ def test_what_would_wait_for_the_host_is_found(plant: Callable, found: str, tmp_
     plant(monkeypatch)
     with guarded(), pytest.raises(AssertionError, match=found):
         trainer.losses_and_gradients(inputs)
+
+
+COMPILED_TEACHER = """
+import torch
+from torch._inductor.utils import run_and_get_code
+from capi.transformer import SelfAttention, Transformer, cast_weights, pack
+encoder = Transformer(64, 2, 1, SelfAttention)
+(block,) = encoder.blocks
+with torch.no_grad():
+    block.residual1.fn.rope.init_weights()
+block.forward = torch.compile(block.forward, fullgraph=True)
+encoder.in_place = True
+x, packed = torch.randn(80, 64, dtype=torch.bfloat16), pack((20,) * 4, torch.rand(80, 2))
+with cast_weights(encoder, torch.bfloat16), torch.no_grad():
+    given = x.clone()
+    out, (code,) = run_and_get_code(encoder, given, packed, (20,) * 4)
+    encoder.in_place = False
+    expected = encoder(x, packed, (20,) * 4)
+assert out.data_ptr() == given.data_ptr()
+assert torch.equal(out, expected)
+for call, times in (("torch.ops.capi.add_product_", 2), ("addmm(", 0), ("copy_(", 0), ("clone", 0)):
+    assert code.count(call) == times, (call, code)
+"""
+
+
+def test_the_compiled_teacher_copies_no_residual(tmp_path) -> None:
+    if which("g++") is None:
+        pytest.skip("no compiler")
+    # In a process of its own: the type checks of these tests are not for the compiler.
+    run = subprocess.run([sys.executable, "-c", COMPILED_TEACHER], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
 
 
 def losses_of(result: StepResult) -> list[Tensor]:
