@@ -8,11 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
-
-from capi.masking import cumulative_lengths
 
 
 class Subset(NamedTuple):
@@ -84,29 +83,52 @@ def received(
     return result
 
 
-def subsets(branches: Branches, counts: Sequence[int]) -> list[Subset]:
-    """The tokens of each branch's images, whatever their `counts` of tokens."""
+def subsets(branches: Branches, counts: Sequence[int], cu_seqlens: Int[Tensor, "images_plus_1"]) -> list[Subset]:
+    """The tokens of each branch's images, of their `counts` of tokens, in a packed array with these `cu_seqlens`."""
     n_images, n_kept, device = len(counts), branches.images.shape[1], branches.images.device
-    weight = n_images / n_kept
     if len(set(counts)) > 1:
-        starts = np.concatenate([[0], np.cumsum(counts)])
-        result = []
-        for kept in branches.drawn:
-            tokens = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in kept])
-            place = np.full(starts[-1], -1)
-            place[tokens] = np.arange(len(tokens))
-            cu_seqlens = cumulative_lengths([counts[i] for i in kept])
-            parts = (torch.from_numpy(tokens), torch.from_numpy(place), cu_seqlens)
-            result.append(Subset(*(sent(x, device) for x in parts), weight))
-        return result
+        return _ragged_subsets(branches, np.array(counts), cu_seqlens.long())
     # The device expands images to tokens.
     n_tokens = counts[0]
     offset = torch.arange(n_tokens, device=device)
     tokens = (branches.images.unsqueeze(-1) * n_tokens + offset).flatten(1)
     place = branches.place.unsqueeze(-1)
     place = torch.where(place < 0, -1, place * n_tokens + offset).flatten(1)
-    cu_seqlens = torch.arange(n_kept + 1, dtype=torch.int32, device=device) * n_tokens
-    return [Subset(*both, cu_seqlens, weight) for both in zip(tokens.unbind(), place.unbind(), strict=True)]
+    kept_cu_seqlens = torch.arange(n_kept + 1, dtype=torch.int32, device=device) * n_tokens
+    weight = n_images / n_kept
+    both = zip(_aligned_rows(tokens), _aligned_rows(place), strict=True)
+    return [Subset(*x, kept_cu_seqlens, weight) for x in both]
+
+
+def _ragged_subsets(
+    branches: Branches, counts: Int[np.ndarray, "images"], starts: Int[Tensor, "images_plus_1"]
+) -> list[Subset]:
+    """All branches in a few launches; the host says how many tokens each keeps, so that none is waited for."""
+    n_images, n_tokens = len(counts), int(counts.sum())
+    kept_tokens = counts[branches.drawn].sum(1).tolist()
+    lengths = starts.diff()
+    kept_lengths = lengths[branches.images]  # [branches, kept]
+    kept_starts = F.pad(kept_lengths.cumsum(1), (1, 0))  # [branches, kept + 1]
+
+    # A kept token lies as far behind the start of its image in the whole as in the subset.
+    shift = (starts[branches.images] - kept_starts[:, :-1]).flatten()
+    shift = shift.repeat_interleave(kept_lengths.flatten(), output_size=sum(kept_tokens)).split(kept_tokens)
+    tokens = [x + torch.arange(len(x), device=x.device) for x in shift]
+
+    image = torch.arange(n_images, device=starts.device).repeat_interleave(lengths, output_size=n_tokens)
+    to_subset = kept_starts.gather(1, branches.place.clamp(min=0)) - starts[:-1]  # [branches, images]
+    moved = to_subset.index_select(1, image) + torch.arange(n_tokens, device=starts.device)
+    place = torch.where(branches.place.index_select(1, image) < 0, -1, moved)
+    weight = n_images / branches.images.shape[1]
+    rows = _aligned_rows(place), _aligned_rows(kept_starts.int())
+    return [Subset(*x, weight) for x in zip(tokens, *rows, strict=True)]
+
+
+def _aligned_rows(x: Int[Tensor, "rows n"]) -> list[Int[Tensor, "n"]]:
+    """The rows, each from a multiple of 16 bytes on: kernels are compiled apart for such that are not."""
+    n = x.shape[1]
+    padding = -n % (16 // x.itemsize)
+    return [row[:n] for row in (F.pad(x, (0, padding)) if padding else x).unbind()]
 
 
 def sent(x: Tensor, device: torch.device) -> Tensor:

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from capi.config import ClusteringConfig, ModelConfig
-from capi.drop_path import Branches, DropPath
+from capi.drop_path import Branches, DropPath, TakeRows
 from capi.masking import Masks
 from capi.transformer import (
     NORM_EPS,
@@ -132,22 +132,17 @@ class Backbone(nn.Module):
             visible_counts = masks.visible_counts
         counts = tuple(n_registers + n for n in visible_counts)
         registers = self.registers.expand(n_images, -1, -1).to(x.dtype)
+        edge = _register_coordinates(n_registers, images.device)
         if len(set(counts)) == 1:
             coords = coords.unflatten(0, (n_images, -1))
             low, high = coords.amin(1, keepdim=True), coords.amax(1, keepdim=True)
-            register_coords = low + _register_coordinates(n_registers, images.device) * (high - low)
-            coords = torch.cat([register_coords, coords], dim=1).flatten(0, 1)
+            coords = torch.cat([low + edge * (high - low), coords], dim=1).flatten(0, 1)
             x = torch.cat([registers, x.unflatten(0, (n_images, -1))], dim=1).flatten(0, 1)
+            packed = pack(counts, coords)
         else:
-            x_parts, coords_parts = [], []
-            edge = _register_coordinates(n_registers, images.device)
-            chunks = zip(x.split(visible_counts), coords.split(visible_counts), registers, strict=True)
-            for x_image, coords_image, registers_image in chunks:
-                low, high = coords_image.amin(0), coords_image.amax(0)
-                x_parts += [registers_image, x_image]
-                coords_parts += [low + edge * (high - low), coords_image]
-            x, coords = torch.cat(x_parts), torch.cat(coords_parts)
-        packed = pack(counts, coords)
+            packed = pack(counts, coords)
+            x, coords = _interleaved(registers, edge, x, coords, masks.visible_indices // n_tokens, packed)
+            packed = packed._replace(coords=coords)
         return self.enc_norm(self.encoder(x, packed, counts, branches=branches)), packed, counts
 
     def predict(
@@ -200,6 +195,34 @@ def _grid_coordinates(grid: tuple[int, int], device: torch.device) -> Float[Tens
     """(row, column) of every patch, from 0 to 1."""
     rows, columns = (torch.linspace(0, 1, n, device=device) for n in grid)
     return torch.cartesian_prod(rows, columns)
+
+
+def _interleaved(
+    registers: Float[Tensor, "images registers dim"],
+    edge: Float[Tensor, "registers 2"],
+    x: Float[Tensor, "visible dim"],
+    coords: Float[Tensor, "visible 2"],
+    image: Int[Tensor, "visible"],
+    packed: Packed,
+) -> tuple[Float[Tensor, "tokens dim"], Float[Tensor, "tokens 2"]]:
+    """Tokens and coordinates, registers before the patches of their image, which `edge` places around these.
+
+    In launches whose number does not depend on that of the images.
+    """
+    n_images, n_registers, _ = registers.shape
+    start, patches = packed.cu_seqlens[:-1], packed.cu_seqlens.diff() - n_registers
+    ascending = torch.arange(n_images * n_registers + len(x), device=x.device)
+    of_registers = start.unsqueeze(1) + ascending[:n_registers]
+    # A patch stands behind the registers of its own image and of all before it.
+    of_patches = ascending[: len(x)] + (image + 1) * n_registers
+    place = torch.cat([of_registers.flatten(), of_patches])
+    tokens = torch.empty_like(place).scatter_(0, place, ascending)
+    # The smallest and largest coordinates of each image's patches, of which the last stands for those it lacks.
+    first = (start - ascending[:n_images] * n_registers).unsqueeze(1)
+    some = first + torch.minimum(ascending[: packed.max_seqlen - n_registers], patches.unsqueeze(1) - 1)
+    low, high = coords[some].aminmax(dim=1, keepdim=True)
+    coords = torch.cat([(low + edge * (high - low)).flatten(0, 1), coords]).index_select(0, tokens)
+    return TakeRows.apply(torch.cat([registers.flatten(0, 1), x]), tokens, place), coords
 
 
 def _channels(values: tuple[float, ...], like: Tensor) -> Float[Tensor, "3 1"]:

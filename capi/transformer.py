@@ -298,9 +298,9 @@ class Transformer(nn.Module):
         attention = of_context = mlp = [None] * depth
         if branches is not None:  # Those of the attentions, then those of the MLPs.
             of_attention, of_mlp = branches.part(slice(depth)), branches.part(slice(depth, None))
-            attention, mlp = subsets(of_attention, counts), subsets(of_mlp, counts)
+            attention, mlp = (subsets(x, counts, packed.cu_seqlens) for x in (of_attention, of_mlp))
             if context is not None:
-                of_context = subsets(of_attention, context_counts)
+                of_context = subsets(of_attention, context_counts, context_packed.cu_seqlens)
         # Chosen here, on the host: in a compiled block it would be another condition to compile for.
         heads = self.blocks[0].residual1.fn.num_heads
         values_last = context is not None and _values_come_last(counts, context_counts, heads, x.shape[1])

@@ -3,11 +3,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from capi import transformer
 from capi.config import ClusteringConfig, MaskingConfig, ModelConfig
 from capi.drop_path import Branches, DropPath, draw, received, send, subsets
-from capi.masking import Masks, sample_masks
+from capi.masking import Masks, cumulative_lengths, sample_masks
 from capi.model import (
     CAPI,
     IMAGENET_MEAN,
@@ -78,6 +79,30 @@ def test_patches_are_padded_to_channels_of_a_fast_product() -> None:
     torch.testing.assert_close(out, plain, rtol=0, atol=1e-12)
     for actual, gradient in zip(torch.autograd.grad(out, layer.parameters(), upstream), expected, strict=True):
         torch.testing.assert_close(actual, gradient, rtol=0, atol=1e-11)
+
+
+class CountsOperations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.count += 1
+        return op(*args, **(kwargs or {}))
+
+
+def test_many_images_of_different_lengths_take_as_many_operations_as_few() -> None:
+    backbone, counts = make_backbone(), []
+    for n in (4, 12):
+        images, masks = make_batch(n)
+        assert len(set(masks.visible_counts)) > 1
+        assert len(set(masks.predict_counts)) > 1
+        given = drop_path(0.3, backbone, n)
+        with CountsOperations() as operations:
+            backbone.predict(images, masks, given).sum().backward()
+        counts.append(operations.count)
+    # Attention takes the images one by one on a CPU, within an operation.
+    assert counts[0] == counts[1]
 
 
 def test_a_prediction_depends_on_no_other_query() -> None:
@@ -169,14 +194,14 @@ def test_drop_path_computes_the_kept_images_alone_and_weighs_them_up() -> None:
         if image in second:
             tokens = tokens + weight * block.residual2.fn(block.residual2.norm(tokens))
         expected.append(tokens)
-    attention, mlp = subsets(branches(drawn.tolist(), 5), counts)
+    attention, mlp = subsets(branches(drawn.tolist(), 5), counts, packed.cu_seqlens)
     actual = block(x, packed, attention_subset=attention, mlp_subset=mlp)
     torch.testing.assert_close(actual, torch.cat(expected), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("counts", [(3, 3, 3), (3, 0, 2)])
 def test_subsets_of_tokens(counts) -> None:
-    (subset,) = subsets(branches([[2, 0]], 3), counts)
+    (subset,) = subsets(branches([[2, 0]], 3), counts, cumulative_lengths(counts))
     starts = [0, *np.cumsum(counts)]
     tokens = [*range(starts[2], starts[3]), *range(starts[0], starts[1])]
     assert subset.tokens.tolist() == tokens
@@ -184,11 +209,15 @@ def test_subsets_of_tokens(counts) -> None:
     assert subset.cu_seqlens.tolist() == [0, counts[2], counts[2] + counts[0]]
     assert subset.cu_seqlens.dtype == torch.int32
     assert subset.weight == 3 / 2
+    subset, other = subsets(branches([[2, 0], [1, 2]], 3), counts, cumulative_lengths(counts))
+    assert other.tokens.tolist() == [*range(starts[1], starts[2]), *range(starts[2], starts[3])]
+    for one, another in ((subset.place, other.place), (subset.cu_seqlens, other.cu_seqlens)):
+        assert (another.data_ptr() - one.data_ptr()) % 16 == 0
 
 
 def test_gradients_of_a_subset_are_those_of_plain_indexing() -> None:
     x = torch.randn(8, 4, dtype=torch.float64, requires_grad=True)
-    (subset,) = subsets(branches([[2, 0]], 3), (3, 3, 2))
+    (subset,) = subsets(branches([[2, 0]], 3), (3, 3, 2), cumulative_lengths((3, 3, 2)))
     linear = torch.nn.Linear(4, 4).double()
     actual = Residual(4, linear).double()
     plain = x.index_add(0, subset.tokens, linear(actual.norm(x[subset.tokens])), alpha=1.5)

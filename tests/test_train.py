@@ -469,10 +469,10 @@ def test_a_gpu_takes_the_steps_of_a_cpu(drop_path_rate, tmp_path) -> None:
 
 
 @pytest.mark.gpu
-def test_a_step_does_not_wait_for_the_gpu(tmp_path) -> None:
-    config = load_tiniest(
-        tmp_path, "--run.device", "auto", "--run.micro_batch_size", "4", "--masking.mask_ratio", "0.6"
-    )
+@pytest.mark.parametrize("graphs", ["off", "on"])
+def test_a_step_does_not_wait_for_the_gpu(graphs, tmp_path) -> None:
+    options = ("--run.micro_batch_size", "4", "--masking.mask_ratio", "0.6", "--run.cuda_graphs", graphs)
+    config = load_tiniest(tmp_path, "--run.device", "auto", *options)
     trainer = Trainer(config, World(0, 1, torch.device("cuda")))
     with DevicePrefetcher(ImageStream(config), torch.device("cuda")) as batches:
         for step in range(5):
