@@ -80,7 +80,8 @@ class StepInputs:
 
     def fill(self, other: "StepInputs") -> None:
         """Takes the values of inputs of the same shape; the addresses stay."""
-        torch._foreach_copy_(self.tensors(), other.tensors())
+        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
+            mine.copy_(theirs)
 
 
 class Losses(NamedTuple):
