@@ -44,7 +44,8 @@ class OnDeviceAlone(TorchDispatchMode):
             raise AssertionError(f"{op} needs the host")
         if any(x.device != META for x in tensors):
             raise AssertionError(f"{op} reads a tensor of the host")
-        if kwargs.get("device", META) != META:
+        # PyTorch 2.11 starts a checkpoint with an empty tensor of the host.
+        if kwargs.get("device", META) != META and (name, args) != ("empty", ([0],)):
             raise AssertionError(f"{op} makes a tensor on {kwargs['device']}")
         if name == "repeat_interleave" and kwargs.get("output_size") is None:
             raise AssertionError(f"{op} has to read the size of its result")
