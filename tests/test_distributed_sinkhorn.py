@@ -2,6 +2,7 @@
 
 import inspect
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -61,9 +62,15 @@ def head_on_kernels(features: Tensor, weight: Tensor, bias: Tensor, rows: Tensor
     return {"loss": results[0], "targets": results[1], "dweight": results[3], "dbias": results[4]}
 
 
-def compare_with_one_process(rank: int, world_size: int, folder: Path, kernels: bool) -> None:
+def compare_with_one_process(rank: int, world_size: int, folder: Path) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    for kernels in (False, True) if find_spec("triton") else (False,):
+        compare(rank, world_size, kernels)
+    torch.distributed.destroy_process_group()
+
+
+def compare(rank: int, world_size: int, kernels: bool) -> None:
     features, weight, bias = inputs()
     mine = images_of(rank, world_size)
     logits = F.linear(features, weight, bias)
@@ -115,15 +122,11 @@ def compare_with_one_process(rank: int, world_size: int, folder: Path, kernels: 
                 all_reduce(actual[name], ReduceOp.SUM)
             compared.append([list(x.values()) for x in (actual, single, oracle)])
         assert_draws_as_accurate(compared)
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("kernels", [False, True], ids=["cpu", "kernels"])
-def test_processes_equal_one(world_size: int, kernels: bool, tmp_path: Path) -> None:
-    if kernels:
-        pytest.importorskip("triton")
-    torch.multiprocessing.spawn(compare_with_one_process, (world_size, tmp_path, kernels), nprocs=world_size)
+def test_processes_equal_one(world_size: int, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(compare_with_one_process, (world_size, tmp_path), nprocs=world_size)
 
 
 def compare_over_nccl(rank: int, world_size: int, folder: Path) -> None:
