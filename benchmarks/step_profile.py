@@ -73,7 +73,7 @@ def inspect(contestant: Contestant, step_seconds: float, path: Path) -> dict:
     Never raises: the times are measured by then.
     """
     try:
-        with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             contestant.run(*contestant.operands(0))
             torch.cuda.synchronize()
         with tempfile.TemporaryDirectory() as folder:

@@ -86,7 +86,7 @@ def least_exact(define: Callable[[], Mapping[str, Tensor]], oracle: Mapping[str,
 
 def peak_allocation(run: Callable[[], object]) -> int:
     """The most bytes of CPU tensors alive at once while `run` runs, its result included."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = run()
     del result
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
