@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from capi.casting import WeightCopies, cast_weights
 from capi.config import Config
 from capi.distributed import GradientAverage, World, average, mean_over_ranks
 from capi.drop_path import DropPath, draw, received, send
@@ -25,14 +26,12 @@ from capi.masking import Masks
 from capi.model import CAPI, target_entropy
 from capi.optim import (
     all_finite,
-    allocate_states,
     build_optimizers,
     schedule_value,
     set_learning_rates,
     update_ema,
 )
 from capi.seeding import Purpose, generator
-from capi.transformer import cast_weights
 from capi_kernels import student_loss
 
 logger = logging.getLogger("capi")
@@ -176,6 +175,10 @@ class Trainer:
         self.model = CAPI(config.model, config.clustering).init_weights().to(world.device)
         self.optimizers = build_optimizers(self.model, config.optim)
         self.compute_dtype = _compute_dtype(config.run.precision, world.device)
+        self.copies: WeightCopies | None = None
+        self.fused_update: Callable[[float, Tensor], None] | None = None
+        if world.device.type == "cuda":
+            self.fuse_updates()
         self.bad_steps = torch.zeros((), dtype=torch.int64, device=world.device)
         self.steps_done: int | None = 0
         """Steps that the state has taken, wholly; None where an update broke off."""
@@ -193,9 +196,6 @@ class Trainer:
             self.model.student_ema.compile_pointwise()
         self.uses_graphs = config.run.cuda_graphs != "off" and graphs_obstacle(config, world) is None
         self._graph: StepGraph | None = None
-        if self.uses_graphs:  # The graph has memory of its own, which the eager steps before it must give back.
-            for optimizer in self.optimizers:
-                allocate_states(optimizer)
         self.student: nn.Module = self.model.student
         if world.size > 1:
             self.student = DistributedDataParallel(self.student, gradient_as_bucket_view=True)
@@ -219,6 +219,8 @@ class Trainer:
         student_optimizer, clustering_optimizer = self.optimizers
         set_learning_rates(student_optimizer, clustering_optimizer, lr, clustering_lr)
         inputs = self._inputs(batches, step)
+        if self.copies is not None:
+            self.copies.refresh()
         graph = self._graph_of(inputs)
         losses = self.losses_and_gradients(inputs, launched) if graph is None else graph.replay(inputs)
 
@@ -227,11 +229,7 @@ class Trainer:
         with self.updating:
             self.steps_done = None
             self.bad_steps = torch.where(finite, 0, self.bad_steps + 1)
-            for optimizer in self.optimizers:
-                optimizer.found_inf = 1 - finite.float()  # the fused kernels skip the update where it is 1
-            student_optimizer.step()
-            update_ema(self.model, momentum)
-            clustering_optimizer.step()
+            self._update(momentum, 1 - finite.float())
             self.steps_done = step + 1
         if graph is not None:  # Behind the updates, which then are launched while the device computes.
             for _ in batches:
@@ -246,6 +244,31 @@ class Trainer:
             clustering_lr=clustering_lr,
         )
 
+    def fuse_updates(self) -> None:
+        """Has the updates made in one pass over the parameters, by Triton, with the copies that layers compute with."""
+        from capi.fused_update import FusedUpdate  # Without a GPU there need be no Triton.
+
+        if self.compute_dtype != torch.float32:
+            self.copies = WeightCopies([self.model.student, self._teacher_modules()], self.compute_dtype)
+        self.fused_update = FusedUpdate(self.model, self.optimizers, self.copies)
+
+    def _update(self, momentum: float, found_inf: Float[Tensor, ""]) -> None:
+        """Of weights and their moving average; of the average alone where `found_inf` is 1."""
+        if self.fused_update is not None:
+            self.fused_update(momentum, found_inf)
+            return
+        student_optimizer, clustering_optimizer = self.optimizers
+        for optimizer in self.optimizers:
+            optimizer.found_inf = found_inf  # the fused kernels skip the update where it is 1
+        student_optimizer.step()
+        update_ema(self.model, momentum)
+        clustering_optimizer.step()
+
+    def _teacher_modules(self) -> nn.ModuleList:
+        """What of the moving average the teacher computes with."""
+        teacher = self.model.student_ema.backbone
+        return nn.ModuleList([teacher.patch_embed, teacher.encoder])
+
     def losses_and_gradients(self, inputs: StepInputs, launched: Callable[[], None] = lambda: None) -> Losses:
         """The device part of a step: copies nothing from the host, and reads nothing back.
 
@@ -257,15 +280,14 @@ class Trainer:
         student_optimizer.zero_grad(set_to_none=self.world.size == 1)  # else they stay parts of DDP's buckets
         clustering_optimizer.zero_grad()
 
-        teacher = self.model.student_ema.backbone
-        with cast_weights(nn.ModuleList([teacher.patch_embed, teacher.encoder]), self.compute_dtype):
+        with cast_weights(self._teacher_modules(), self.compute_dtype, self.copies):
             features = self._teacher_features([images for images, _ in inputs.batches])
         clustering_loss, potentials = head(features)
         clustering_loss.backward()
         clustering_gradients = GradientAverage(head.parameters())
 
         losses, entropies, clusters, first_image = [], [], [], 0
-        with cast_weights(self.model.student, self.compute_dtype):
+        with cast_weights(self.model.student, self.compute_dtype, self.copies):
             for i, ((images, masks), drop_path) in enumerate(zip(inputs.batches, inputs.drop_path, strict=True)):
                 with torch.no_grad():
                     here = features[first_image : first_image + len(images)]
