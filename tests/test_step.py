@@ -23,7 +23,8 @@ from capi.casting import WeightCopies
 from capi.config import Config
 from capi.distributed import World
 from capi.masking import Masks
-from capi.step import StepGraph, StepInputs, StepResult, Trainer, graphs_obstacle
+from capi.step import StepResult, Trainer
+from capi.step_graph import StepGraph, StepInputs, graphs_obstacle
 from capi.train import main
 
 CPU = torch.device("cpu")
