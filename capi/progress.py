@@ -7,9 +7,9 @@ import torch
 from tqdm import tqdm
 
 from capi.config import Config
-from capi.data.prefetch import DevicePrefetcher
 from capi.distributed import World, average
 from capi.metrics import AssignmentStatistics, MetricsWriter, entropy_floor, peak_flops, training_flop_per_image
+from capi.profiling import HostTime
 from capi.step import StepResult, Trainer
 from capi.step_graph import graphs_obstacle
 
@@ -17,29 +17,31 @@ logger = logging.getLogger("capi")
 
 
 class Rates:
-    """Images per second and the share of time spent waiting for data, between two log lines."""
+    """Images per second and the shares of time that the host waits for data and for the GPU, between two log lines."""
 
-    def __init__(self, config: Config, world: World, batches: DevicePrefetcher):
-        self.config, self.batches = config, batches
+    def __init__(self, config: Config, world: World, host: HostTime):
+        self.config, self.host, self.waits_for_device = config, host, world.device.type == "cuda"
         self.flop_per_image = training_flop_per_image(config)
         peak = peak_flops(world.device)
         self.peak = peak * world.size if peak else None
         self.reset()
 
     def reset(self) -> None:
-        self.began, self.waited, self.steps = time.perf_counter(), self.batches.waited_seconds, 0
+        self.began, self.host_began, self.steps = time.perf_counter(), self.host.seconds(), 0
 
     def step_ends(self) -> None:
         self.steps += 1
 
     def read(self) -> dict[str, float]:
-        elapsed = time.perf_counter() - self.began
+        elapsed, host = time.perf_counter() - self.began, self.host.since(self.host_began)
         images_per_second = self.steps * self.config.optim.batch_size / elapsed
         values = {
             "images_per_second": images_per_second,
             "flops_per_second": images_per_second * self.flop_per_image,
-            "data_wait": (self.batches.waited_seconds - self.waited) / elapsed,
+            "data_wait": host.get("data wait", 0.0) / elapsed,
         }
+        if self.waits_for_device:
+            values["device_wait"] = host.get("device wait", 0.0) / elapsed
         if self.peak:
             values["mfu"] = values["flops_per_second"] / self.peak
         self.reset()
@@ -57,9 +59,10 @@ def log_step(
 ) -> None:
     """Writes one line of metrics; the only place where a healthy step waits for the device."""
     config, world = trainer.config, trainer.world
-    loss, clustering_loss, entropy = average(
-        torch.stack([result.loss, result.clustering_loss, result.target_entropy])
-    ).tolist()
+    with trainer.host.phase("device wait"):
+        loss, clustering_loss, entropy = average(
+            torch.stack([result.loss, result.clustering_loss, result.target_entropy])
+        ).tolist()
     assignments = statistics.read()
     if writer is None:
         return

@@ -22,6 +22,7 @@ from capi.distributed import GradientAverage, World, average, mean_over_ranks
 from capi.drop_path import draw, received, send
 from capi.model import CAPI, target_entropy
 from capi.optim import all_finite, build_optimizers, schedule_value, set_learning_rates, update_ema
+from capi.profiling import HostTime
 from capi.seeding import Purpose, generator
 from capi.step_graph import Losses, MicroBatch, StepGraph, StepInputs, graphs_obstacle
 from capi_kernels import student_loss
@@ -62,6 +63,7 @@ class Trainer:
         self.bad_steps = torch.zeros((), dtype=torch.int64, device=world.device)
         self.steps_done: int | None = 0
         """Steps that the state has taken, wholly; None where an update broke off."""
+        self.host = HostTime()
         self.updating = Lock()
         """Held while the state changes: who holds it finds it whole."""
         self.statistics = _target_statistics
@@ -98,15 +100,16 @@ class Trainer:
         )
         student_optimizer, clustering_optimizer = self.optimizers
         set_learning_rates(student_optimizer, clustering_optimizer, lr, clustering_lr)
-        inputs = self._inputs(batches, step)
-        if self.copies is not None:
-            self.copies.refresh()
-        graph = self._graph_of(inputs)
-        losses = self.losses_and_gradients(inputs, launched) if graph is None else graph.replay(inputs)
-
-        # Of any rank: one alone that skipped the update would train another model.
-        finite = average((losses.loss + losses.clustering_loss).where(losses.finite, torch.nan)).isfinite()
-        with self.updating:
+        with self.host.phase("draw and send"):
+            inputs = self._inputs(batches, step)
+        with self.host.phase("launch"):
+            if self.copies is not None:
+                self.copies.refresh()
+            graph = self._graph_of(inputs)
+            losses = self.losses_and_gradients(inputs, launched) if graph is None else graph.replay(inputs)
+            # Of any rank: one alone that skipped the update would train another model.
+            finite = average((losses.loss + losses.clustering_loss).where(losses.finite, torch.nan)).isfinite()
+        with self.host.phase("update"), self.updating:
             self.steps_done = None
             self.bad_steps = torch.where(finite, 0, self.bad_steps + 1)
             self._update(momentum, 1 - finite.float())

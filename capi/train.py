@@ -16,6 +16,7 @@ from capi.data.prefetch import DevicePrefetcher
 from capi.distributed import World, any_rank, join_world
 from capi.masking import check_masking
 from capi.metrics import AssignmentStatistics, MetricsWriter
+from capi.profiling import WARM_UP_STEPS, StepProfiler
 from capi.progress import Rates, announce, log_step
 from capi.results import Results
 from capi.resume import Start, begin, run_folder, together
@@ -58,6 +59,9 @@ def _check(config: Config, world: World) -> None:
     check_config(config, world.size)
     side = config.data.image_size // config.model.patch_size
     check_masking(config.masking, (side, side))
+    needed = WARM_UP_STEPS + 2 * config.run.profile
+    if config.run.profile and config.optim.steps < needed:
+        raise ValueError(f"run.profile {config.run.profile} takes {needed} steps, got optim.steps {config.optim.steps}")
     obstacle = graphs_obstacle(config, world)
     if config.run.cuda_graphs == "on" and obstacle is not None:
         raise ValueError(f"run.cuda_graphs is on, but {obstacle}; expected auto or off")
@@ -79,9 +83,10 @@ def _run_steps(trainer: Trainer, begun: Start, run_dir: Path, results: Results, 
         mininterval=0.2 if sys.stderr.isatty() else 10,  # a log file needs no animation
     )
     try:
-        prefetcher = DevicePrefetcher(begun.stream, world.device)
+        prefetcher = DevicePrefetcher(begun.stream, world.device, host=trainer.host)
+        profiler = StepProfiler(config.run.profile if world.is_main else 0, trainer.host, world.device, run_dir)
         with stop.deferred(), prefetcher as batches, checkpoints.saved_alone_by(stop, bar):
-            rates = Rates(config, world, batches)
+            rates = Rates(config, world, trainer.host)
             for step in range(start, config.optim.steps):
                 last = step + 1 == config.optim.steps
                 checkpoints.streams = [batches.state_dict()]
@@ -101,6 +106,7 @@ def _run_steps(trainer: Trainer, begun: Start, run_dir: Path, results: Results, 
                 positions = torch.cat([masks.predict_indices for _, masks in micro_batches]) % n_tokens
                 statistics.update(positions, result.clusters)
                 rates.step_ends()
+                profiler.step_ends(step + 1 - start)
                 del micro_batches  # The prefetcher bounds what the device holds.
                 done = step + 1
                 if done % config.run.log_every == 0 or last:
