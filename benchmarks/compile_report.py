@@ -35,6 +35,7 @@ MODULES = (
     "masked_cross_attention_triton",
     "cross_attention_weights_triton",
     "_tiled_attention_triton",
+    "adamw_triton",
 )
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # What a program may have.

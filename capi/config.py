@@ -177,6 +177,9 @@ class RunConfig:
     """Steps between two checkpoints."""
     keep_checkpoints: int = 3
     """Checkpoints that are kept."""
+    profile: int = 0
+    """Steps to profile, after eight to warm up and as many to be timed without a profiler: a table (profile.txt) and a
+    trace (profile.json.gz) in the run folder."""
     max_nan_steps: int = 3
     """Consecutive steps with a loss or gradient that is not finite after which the run stops."""
     stop_timeout: float = 15.0
@@ -365,6 +368,8 @@ def check_config(config: Config, world_size: int = 1) -> None:
     for name in ("log_every", "checkpoint_every", "keep_checkpoints", "max_nan_steps"):
         if getattr(config.run, name) < 1:
             raise ValueError(f"run.{name} must be at least 1, got {getattr(config.run, name)}")
+    if config.run.profile < 0:
+        raise ValueError(f"run.profile must not be negative, got {config.run.profile}")
     if not config.run.stop_timeout >= 0:
         raise ValueError(f"run.stop_timeout must not be negative, got {config.run.stop_timeout}")
     for name in ("target_temperature", "prediction_temperature", "student_temperature"):

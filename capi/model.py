@@ -12,12 +12,12 @@ from einops import rearrange
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
+from capi.casting import CastsWeights
 from capi.config import ClusteringConfig, ModelConfig
 from capi.drop_path import Branches, DropPath, TakeRows
 from capi.masking import Masks
 from capi.transformer import (
     NORM_EPS,
-    CastsWeights,
     CrossAttention,
     Packed,
     RMSNorm,
@@ -52,6 +52,9 @@ def normalize_images(
 
 class PatchEmbed(nn.Conv2d, CastsWeights):
     """The convolution as a linear map of the patches, so that those that nobody sees are not computed."""
+
+    def stacks(self) -> tuple[tuple[nn.Parameter, ...], ...]:
+        return ()  # Padded, the weight is no stack of parameters.
 
     def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return _padded(self.weight.flatten(1).to(dtype)), self.bias.to(dtype)

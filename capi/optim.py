@@ -86,10 +86,14 @@ def all_finite(tensors: Iterable[Tensor]) -> Bool[Tensor, ""]:
     return torch.stack(norms).isfinite().all()
 
 
+def trained_pairs(model: CAPI) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    """Parameters of the moving average with those of the student that they follow."""
+    pairs = zip(model.student_ema.parameters(), model.student.parameters(), strict=True)
+    return [(ema, student) for ema, student in pairs if student.requires_grad]
+
+
 @torch.no_grad()
 def update_ema(model: CAPI, momentum: float) -> None:
     """Moves the moving average towards the student: ema <- momentum * ema + (1 - momentum) * student."""
-    pairs = zip(model.student_ema.parameters(), model.student.parameters(), strict=True)
-    trained = [(ema, student) for ema, student in pairs if student.requires_grad]
-    ema, student = (list(side) for side in zip(*trained, strict=True))
+    ema, student = (list(side) for side in zip(*trained_pairs(model), strict=True))
     torch._foreach_lerp_(ema, student, 1 - momentum)

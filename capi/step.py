@@ -5,94 +5,31 @@ on the device, which a GPU replays as one CUDA graph; the updates behind it are 
 while the device still computes.
 """
 
-import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from threading import Lock
-from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from capi.casting import WeightCopies, cast_weights
 from capi.config import Config
 from capi.distributed import GradientAverage, World, average, mean_over_ranks
-from capi.drop_path import DropPath, draw, received, send
-from capi.masking import Masks
+from capi.drop_path import draw, received, send
 from capi.model import CAPI, target_entropy
-from capi.optim import (
-    all_finite,
-    allocate_states,
-    build_optimizers,
-    schedule_value,
-    set_learning_rates,
-    update_ema,
-)
+from capi.optim import all_finite, build_optimizers, schedule_value, set_learning_rates, update_ema
+from capi.profiling import HostTime
 from capi.seeding import Purpose, generator
-from capi.transformer import cast_weights
+from capi.step_graph import Losses, MicroBatch, StepGraph, StepInputs, graphs_obstacle
 from capi_kernels import student_loss
 
 logger = logging.getLogger("capi")
 
-INDICES = ("visible_indices", "predict_indices")
 WARM_UP_STEPS = 3  # In which kernels are compiled and loaded, and libraries allocate what they keep.
-
-MicroBatch = tuple[Shaped[Tensor, "images 3 height width"], Masks]
-
-
-@dataclass
-class StepInputs:
-    """All that the device part of a step reads beside the state: tensors on the device, and shapes."""
-
-    batches: Sequence[MicroBatch]
-    drop_path: Sequence[DropPath | None]
-    drawn: Int[Tensor, "_"] | None
-    """What the branches of `drop_path` are views of."""
-    n_predicted: float
-    """Predictions of a rank, in the mean over the ranks."""
-
-    def tensors(self) -> list[Tensor]:
-        parts = [x for images, masks in self.batches for x in (images, masks.visible_indices, masks.predict_indices)]
-        return parts if self.drawn is None else [*parts, self.drawn]
-
-    def shape(self) -> tuple:
-        """What a CUDA graph that reads such inputs depends on."""
-        counts = [(masks.visible_counts, masks.predict_counts) for _, masks in self.batches]
-        return tuple((tuple(x.shape), x.dtype, x.device) for x in self.tensors()), tuple(counts)
-
-    def buffers(self) -> "StepInputs":
-        """Inputs of the same values and shape, in memory of their own."""
-        batches = [
-            (images.clone(), replace(masks, **{name: getattr(masks, name).clone() for name in INDICES}))
-            for images, masks in self.batches
-        ]
-        if self.drawn is None:
-            return replace(self, batches=batches)
-        drawn = self.drawn.clone()
-        host = [tuple(branches.drawn for branches in drop_path) for drop_path in self.drop_path]
-        return replace(self, batches=batches, drop_path=received(drawn, host, self.n_images()), drawn=drawn)
-
-    def n_images(self) -> list[int]:
-        return [len(images) for images, _ in self.batches]
-
-    def fill(self, other: "StepInputs") -> None:
-        """Takes the values of inputs of the same shape; the addresses stay."""
-        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
-            mine.copy_(theirs)
-
-
-class Losses(NamedTuple):
-    """What the device part of a step leaves beside the gradients."""
-
-    loss: Float[Tensor, ""]
-    clustering_loss: Float[Tensor, ""]
-    target_entropy: Float[Tensor, ""]
-    finite: Bool[Tensor, ""]
-    """Whether losses and gradients are, on this rank."""
-    clusters: Int[Tensor, "predicted"]
 
 
 @dataclass
@@ -109,63 +46,6 @@ class StepResult:
     clustering_lr: float
 
 
-class StepGraph:
-    """The device part of a step in a CUDA graph, which reads inputs of one shape from buffers of its own.
-
-    What a replay leaves, gradients among it, is overwritten by the next.
-    """
-
-    def __init__(self, shape: tuple):
-        self.shape = shape
-        self.warmed_up = 0
-        self.captured = False
-
-    def capture(
-        self, function: Callable[[StepInputs], Losses], inputs: StepInputs, parameters: Sequence[nn.Parameter]
-    ) -> None:
-        """Records the launches of `function`, without running them.
-
-        Raises:
-            RuntimeError: something in it cannot be captured, or memory is short.
-        """
-        self.inputs = inputs.buffers()
-        for parameter in parameters:
-            parameter.grad = None
-        gc.collect()  # An autograd graph that is still alive would keep gradients on the stream of the steps before.
-        self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        try:
-            # Relaxed, as a kernel may be loaded that no warm-up met; and other threads pin memory meanwhile.
-            with torch.cuda.graph(self.graph, capture_error_mode="relaxed"):
-                self.losses = function(self.inputs)
-        except RuntimeError as error:
-            torch.cuda.set_stream(stream)  # As the context manager leaves it on success alone.
-            reason = " ".join(str(error.__context__ or error).split())[:300]
-            raise RuntimeError(
-                f"the step cannot be captured in a CUDA graph ({reason}): set run.cuda_graphs off"
-            ) from error
-        self.gradients = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
-        self.captured = True
-
-    def replay(self, inputs: StepInputs) -> Losses:
-        """The losses in memory of their own; the gradients, until the next replay, those of the parameters."""
-        self.inputs.fill(inputs)
-        self.graph.replay()
-        for parameter, gradient in self.gradients:
-            parameter.grad = gradient
-        return Losses(*(x.clone() for x in self.losses))
-
-
-def graphs_obstacle(config: Config, world: World) -> str | None:
-    """Why the step cannot be a CUDA graph; None where it can."""
-    if world.device.type != "cuda":
-        return f"the device is {world.device.type}"
-    if world.size > 1:
-        return f"there are {world.size} processes"
-    if isinstance(config.masking.mask_ratio, tuple):
-        return "masking.mask_ratio is a range"
-    return None
-
-
 class Trainer:
     """Model and optimisers, and the step that updates them."""
 
@@ -176,9 +56,14 @@ class Trainer:
         self.model = CAPI(config.model, config.clustering).init_weights().to(world.device)
         self.optimizers = build_optimizers(self.model, config.optim)
         self.compute_dtype = _compute_dtype(config.run.precision, world.device)
+        self.copies: WeightCopies | None = None
+        self.fused_update: Callable[[float, Tensor], None] | None = None
+        if world.device.type == "cuda":
+            self.fuse_updates()
         self.bad_steps = torch.zeros((), dtype=torch.int64, device=world.device)
         self.steps_done: int | None = 0
         """Steps that the state has taken, wholly; None where an update broke off."""
+        self.host = HostTime()
         self.updating = Lock()
         """Held while the state changes: who holds it finds it whole."""
         self.statistics = _target_statistics
@@ -193,9 +78,6 @@ class Trainer:
             self.model.student_ema.compile_pointwise()
         self.uses_graphs = config.run.cuda_graphs != "off" and graphs_obstacle(config, world) is None
         self._graph: StepGraph | None = None
-        if self.uses_graphs:  # The graph has memory of its own, which the eager steps before it must give back.
-            for optimizer in self.optimizers:
-                allocate_states(optimizer)
         self.student: nn.Module = self.model.student
         if world.size > 1:
             self.student = DistributedDataParallel(self.student, gradient_as_bucket_view=True)
@@ -218,20 +100,19 @@ class Trainer:
         )
         student_optimizer, clustering_optimizer = self.optimizers
         set_learning_rates(student_optimizer, clustering_optimizer, lr, clustering_lr)
-        inputs = self._inputs(batches, step)
-        graph = self._graph_of(inputs)
-        losses = self.losses_and_gradients(inputs, launched) if graph is None else graph.replay(inputs)
-
-        # Of any rank: one alone that skipped the update would train another model.
-        finite = average((losses.loss + losses.clustering_loss).where(losses.finite, torch.nan)).isfinite()
-        with self.updating:
+        with self.host.phase("draw and send"):
+            inputs = self._inputs(batches, step)
+        with self.host.phase("launch"):
+            if self.copies is not None:
+                self.copies.refresh()
+            graph = self._graph_of(inputs)
+            losses = self.losses_and_gradients(inputs, launched) if graph is None else graph.replay(inputs)
+            # Of any rank: one alone that skipped the update would train another model.
+            finite = average((losses.loss + losses.clustering_loss).where(losses.finite, torch.nan)).isfinite()
+        with self.host.phase("update"), self.updating:
             self.steps_done = None
             self.bad_steps = torch.where(finite, 0, self.bad_steps + 1)
-            for optimizer in self.optimizers:
-                optimizer.found_inf = 1 - finite.float()  # the fused kernels skip the update where it is 1
-            student_optimizer.step()
-            update_ema(self.model, momentum)
-            clustering_optimizer.step()
+            self._update(momentum, 1 - finite.float())
             self.steps_done = step + 1
         if graph is not None:  # Behind the updates, which then are launched while the device computes.
             for _ in batches:
@@ -246,6 +127,31 @@ class Trainer:
             clustering_lr=clustering_lr,
         )
 
+    def fuse_updates(self) -> None:
+        """Has the updates made in one pass over the parameters, by Triton, with the copies that layers compute with."""
+        from capi.fused_update import FusedUpdate  # Without a GPU there need be no Triton.
+
+        if self.compute_dtype != torch.float32:
+            self.copies = WeightCopies([self.model.student, self._teacher_modules()], self.compute_dtype)
+        self.fused_update = FusedUpdate(self.model, self.optimizers, self.copies)
+
+    def _update(self, momentum: float, found_inf: Float[Tensor, ""]) -> None:
+        """Of weights and their moving average; of the average alone where `found_inf` is 1."""
+        if self.fused_update is not None:
+            self.fused_update(momentum, found_inf)
+            return
+        student_optimizer, clustering_optimizer = self.optimizers
+        for optimizer in self.optimizers:
+            optimizer.found_inf = found_inf  # the fused kernels skip the update where it is 1
+        student_optimizer.step()
+        update_ema(self.model, momentum)
+        clustering_optimizer.step()
+
+    def _teacher_modules(self) -> nn.ModuleList:
+        """What of the moving average the teacher computes with."""
+        teacher = self.model.student_ema.backbone
+        return nn.ModuleList([teacher.patch_embed, teacher.encoder])
+
     def losses_and_gradients(self, inputs: StepInputs, launched: Callable[[], None] = lambda: None) -> Losses:
         """The device part of a step: copies nothing from the host, and reads nothing back.
 
@@ -257,15 +163,14 @@ class Trainer:
         student_optimizer.zero_grad(set_to_none=self.world.size == 1)  # else they stay parts of DDP's buckets
         clustering_optimizer.zero_grad()
 
-        teacher = self.model.student_ema.backbone
-        with cast_weights(nn.ModuleList([teacher.patch_embed, teacher.encoder]), self.compute_dtype):
+        with cast_weights(self._teacher_modules(), self.compute_dtype, self.copies):
             features = self._teacher_features([images for images, _ in inputs.batches])
         clustering_loss, potentials = head(features)
         clustering_loss.backward()
         clustering_gradients = GradientAverage(head.parameters())
 
         losses, entropies, clusters, first_image = [], [], [], 0
-        with cast_weights(self.model.student, self.compute_dtype):
+        with cast_weights(self.model.student, self.compute_dtype, self.copies):
             for i, ((images, masks), drop_path) in enumerate(zip(inputs.batches, inputs.drop_path, strict=True)):
                 with torch.no_grad():
                     here = features[first_image : first_image + len(images)]

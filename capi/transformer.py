@@ -1,11 +1,9 @@
 """Transformer blocks over packed tokens: attention, MLP, and residual branches, all images or a subset (`drop_path`).
 
-The tokens of all images of a batch stand in one [tokens, dim] array, image after image. Layers compute in the type of
-their weights; inside `cast_weights` that is the type of copies made once for many forwards.
+The tokens of all images of a batch stand in one [tokens, dim] array, image after image.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from capi.casting import CastsWeights
 from capi.drop_path import AddRows, Branches, Subset, TakeRows, sent, subsets
 from capi.masking import cumulative_lengths
 from capi_kernels import (
@@ -43,36 +42,6 @@ def pack(counts: Sequence[int], coords: Float[Tensor, "tokens 2"]) -> Packed:
     else:
         cu_seqlens = sent(cumulative_lengths(counts), coords.device)
     return Packed(cu_seqlens, coords, max(counts, default=0))
-
-
-class CastsWeights(nn.Module):
-    """A layer that computes with `weights()`: copies of its parameters, stacked and cast, made once in `cast_weights`.
-
-    Gradients reach the parameters through the copies, in the parameters' own type.
-    """
-
-    _cast: tuple[Tensor, ...] | None = None
-
-    def cast(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        raise NotImplementedError
-
-    def weights(self) -> tuple[Tensor, ...]:
-        return self.cast(next(self.parameters()).dtype) if self._cast is None else self._cast
-
-
-@contextmanager
-def cast_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Inside, `model` computes in `dtype`, with copies of its weights made on entry."""
-    layers = [layer for layer in model.modules() if isinstance(layer, CastsWeights)]
-    try:
-        for layer in layers:
-            layer._cast = layer.cast(dtype)
-            for weight in layer._cast:  # As parameters are: else the compiler would take their sizes for varying ones.
-                torch._dynamo.mark_static(weight)
-        yield
-    finally:
-        for layer in layers:
-            layer._cast = None
 
 
 @torch.library.custom_op("capi::add_product_", mutates_args=("x",))
@@ -128,9 +97,8 @@ class Attention(CastsWeights):
 class SelfAttention(Attention):
     """From the tokens of an image to themselves."""
 
-    def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        qkv = [layer.weight.to(dtype) for layer in (self.q_proj, self.k_proj, self.v_proj)]
-        return torch.cat(qkv), self.proj.weight.to(dtype)
+    def stacks(self) -> tuple[tuple[nn.Parameter, ...], ...]:
+        return (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight), (self.proj.weight,)
 
     def forward(
         self, x: Float[Tensor, "tokens dim"], packed: Packed, *, onto: Float[Tensor, "tokens dim"] | None = None
@@ -145,9 +113,8 @@ class SelfAttention(Attention):
 class CrossAttention(Attention):
     """From queries to the encoder's output."""
 
-    def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        kv = [layer.weight.to(dtype) for layer in (self.k_proj, self.v_proj)]
-        return self.q_proj.weight.to(dtype), torch.cat(kv), self.proj.weight.to(dtype)
+    def stacks(self) -> tuple[tuple[nn.Parameter, ...], ...]:
+        return (self.q_proj.weight,), (self.k_proj.weight, self.v_proj.weight), (self.proj.weight,)
 
     def forward(
         self,
@@ -208,8 +175,8 @@ class Mlp(CastsWeights):
         self.fc1 = nn.Linear(dim, 4 * dim, bias=False)
         self.fc2 = nn.Linear(4 * dim, dim, bias=False)
 
-    def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return self.fc1.weight.to(dtype), self.fc2.weight.to(dtype)
+    def stacks(self) -> tuple[tuple[nn.Parameter, ...], ...]:
+        return (self.fc1.weight,), (self.fc2.weight,)
 
     def forward(
         self, x: Float[Tensor, "tokens dim"], *, onto: Float[Tensor, "tokens dim"] | None = None

@@ -171,44 +171,6 @@ def test_the_captures_of_one_graph_share_a_stream_and_a_pool(
 # Profiles
 
 
-def kernel(name: str, start: float, duration: float, category: str = "kernel") -> dict:
-    return {"cat": category, "name": name, "ts": start, "dur": duration}
-
-
-def test_a_profile_counts_what_the_device_did() -> None:
-    events = [
-        kernel("b", 30, 10),
-        kernel("a", 0, 20),
-        kernel("a", 10, 20),  # Beside the first: 30 microseconds busy in all, 40 of work.
-        kernel("copy", 60, 40, "gpu_memcpy"),
-        kernel("cudaLaunchKernel", 0, 500, "cuda_runtime"),
-        {"ph": "M", "name": "process_name"},
-    ]
-    found = step_profile.of_events(events, steps=2)
-    assert found.span == pytest.approx(50e-6)
-    assert found.busy == pytest.approx(40e-6)
-    assert found.launches == 2
-    assert found.kernels[-1][0] == "b"
-    assert {name: (n, round(s * 1e6)) for name, n, s in found.kernels} == {
-        "a": (1, 20),
-        "copy": (0.5, 20),
-        "b": (0.5, 5),
-    }
-    # Idle is judged by the step without a profiler, which may slow the host.
-    assert found.idle_share(100e-6) == pytest.approx(0.6)
-    assert found.idle_share(30e-6) == 0
-    lines = found.text(100e-6).splitlines()
-    assert lines[0] == ("of 2 steps: 0.100 ms a step, 0.050 under the profiler; busy 0.040; idle 60.0%; launches 2")
-    assert len(lines) == 4
-
-
-def test_a_profile_shows_the_sixty_largest_kernels() -> None:
-    found = step_profile.of_events([kernel(f"k{i}", 100 * i, i + 1) for i in range(80)], 1)
-    lines = found.text(1.0).splitlines()
-    assert len(lines) == 61
-    assert "k79" in lines[1]
-
-
 def test_a_profile_that_fails_says_so_and_costs_no_figure(tmp_path: Path) -> None:
     """Here there is no device to profile."""
     seen = step_profile.inspect(Contestant(lambda: None, calls=4), 1.0, tmp_path / "p.txt")

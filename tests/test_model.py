@@ -6,6 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from capi import transformer
+from capi.casting import cast_weights
 from capi.config import ClusteringConfig, MaskingConfig, ModelConfig
 from capi.drop_path import Branches, DropPath, draw, received, send, subsets
 from capi.masking import Masks, cumulative_lengths, sample_masks
@@ -18,7 +19,7 @@ from capi.model import (
     normalize_images,
     target_entropy,
 )
-from capi.transformer import Residual, cast_weights, pack
+from capi.transformer import Residual, pack
 from capi_kernels import rotary_tables
 
 SHAPE = ModelConfig(

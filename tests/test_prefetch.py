@@ -16,6 +16,7 @@ from capi.config import Config
 from capi.data import Batch, ImageStream
 from capi.data.prefetch import DevicePrefetcher, MicroBatch
 from capi.data.sources import SourceError
+from capi.profiling import HostTime
 
 CPU = torch.device("cpu")
 
@@ -86,11 +87,12 @@ def test_waiting_for_the_loader_is_measured_and_nothing_else(monkeypatch):
             yield batch
 
     monkeypatch.setattr(ImageStream, "batches", slow)
-    batches = DevicePrefetcher(ImageStream(make_config()), CPU)
+    host = HostTime()
+    batches = DevicePrefetcher(ImageStream(make_config()), CPU, host=host)
     for _ in range(2):
         next(batches)
         clock[0] += 100  # The step itself.
-    assert batches.waited_seconds == 2 * 3 * 2
+    assert host.seconds() == {"data wait": 2 * 3 * 2, "other": 200}
 
 
 @pytest.mark.parametrize("how", ["exception", "close", "Ctrl-C"])

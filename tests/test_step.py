@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from shutil import which
 
-import numpy as np
 import pytest
 import torch
-from tiny_runs import assert_equal_states, load_tiniest, tiniest
+from tiny_runs import FIXED, assert_equal_states, draw_batches, load_tiniest, tiniest
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,15 +19,16 @@ from torch.utils._pytree import tree_leaves
 from benchmarks import step_graph
 from benchmarks.gate import Gate
 from capi import drop_path, model, transformer
+from capi.casting import WeightCopies
 from capi.config import Config
 from capi.distributed import World
-from capi.masking import Masks, sample_masks
-from capi.step import StepGraph, StepInputs, StepResult, Trainer, graphs_obstacle
+from capi.masking import Masks
+from capi.step import StepResult, Trainer
+from capi.step_graph import StepGraph, StepInputs, graphs_obstacle
 from capi.train import main
 
 CPU = torch.device("cpu")
 META = torch.device("meta")
-FIXED = ("--masking.mask_ratio", "0.6")
 HOST = ("_local_scalar_dense", "lift_fresh", "lift_fresh_copy", "_pin_memory", "is_pinned", "item")
 SIZED_BY_VALUES = ("nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount")
 
@@ -71,32 +71,24 @@ def guarded() -> Iterator[None]:
         yield
 
 
-def draw_batches(config: Config, seed: int, parts: int = 1) -> list[tuple[Tensor, Masks]]:
-    """The images and masks of one step, in so many micro-batches."""
-    size, n = config.data.image_size, config.optim.batch_size // parts
-    grid = (size // config.model.patch_size,) * 2
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 256, (parts, n, 3, size, size), dtype=torch.uint8, generator=generator)
-    rngs = [[np.random.default_rng((seed, part, i)) for i in range(n)] for part in range(parts)]
-    return [(of_part, sample_masks(config.masking, grid, of)) for of_part, of in zip(images, rngs, strict=True)]
-
-
-def on_meta(config: Config, parts: int) -> tuple[Trainer, StepInputs]:
+def on_meta(config: Config, parts: int, kept: bool = False) -> tuple[Trainer, StepInputs]:
     """A trainer and inputs without values, as a GPU would have them."""
     trainer = Trainer(config, World(0, 1, CPU))
     trainer.model.to(META)
     trainer.model.student_ema.backbone.encoder.in_place = True
     trainer.world, trainer.compute_dtype = World(0, 1, META), torch.bfloat16
+    if kept:
+        trainer.copies = WeightCopies([trainer.model], torch.bfloat16)
     batches = [(images.to(META), masks.to(META)) for images, masks in draw_batches(config, 0, parts)]
     return trainer, trainer._inputs(batches, 3)
 
 
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("rate", ["0", "0.3"])
-@pytest.mark.parametrize("checkpointed", ["false", "true"])
-def test_the_device_part_is_on_the_device_alone(parts, rate, checkpointed, tmp_path) -> None:
+@pytest.mark.parametrize(("checkpointed", "kept"), [("false", True), ("true", True), ("false", False)])
+def test_the_device_part_is_on_the_device_alone(parts, rate, checkpointed, kept, tmp_path) -> None:
     options = ("--model.drop_path_rate", rate, "--run.checkpoint_activations", checkpointed)
-    trainer, inputs = on_meta(load_tiniest(tmp_path, *FIXED, *options), parts)
+    trainer, inputs = on_meta(load_tiniest(tmp_path, *FIXED, *options), parts, kept)
     with guarded():
         losses = trainer.losses_and_gradients(inputs)
     assert {x.device for x in losses} == {META}
@@ -145,7 +137,8 @@ def test_what_would_wait_for_the_host_is_found(plant: Callable, found: str, tmp_
 COMPILED_TEACHER = """
 import torch
 from torch._inductor.utils import run_and_get_code
-from capi.transformer import SelfAttention, Transformer, cast_weights, pack
+from capi.casting import cast_weights
+from capi.transformer import SelfAttention, Transformer, pack
 encoder = Transformer(64, 2, 1, SelfAttention)
 (block,) = encoder.blocks
 with torch.no_grad():

@@ -41,6 +41,7 @@ def test_a_run_writes_its_folder(arguments, tmp_path, capsys) -> None:
         assert set(keys.split()) <= line.keys()
         assert all(value is not None for value in line.values())
         assert 0 <= line["data_wait"] <= 1
+        assert "device_wait" not in line  # There is no GPU to wait for.
     assert lines[0]["target_entropy_floor"] == pytest.approx(0.6931, abs=1e-4)
     assert lines[0]["target_entropy"] > 0.69
     assert lines[0]["positional_mi"] > 0  # Of so few tokens even by chance, unless all stood at one position.

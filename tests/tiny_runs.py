@@ -3,9 +3,12 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from capi.config import Config, load_config
+from capi.masking import Masks, sample_masks
 
 TINIEST = """
 model: {patch_size: 4, embed_dim: 16, num_heads: 2, encoder_depth: 1, predictor_depth: 1, n_registers: 4,
@@ -21,6 +24,7 @@ optim:
   clustering_lr: {base: 5.0e-4, warmup_steps: 2}
 run: {log_every: 1, checkpoint_every: 3, evaluate: false, device: cpu}
 """
+FIXED = ("--masking.mask_ratio", "0.6")
 
 
 def tiniest(tmp_path: Path) -> list[str]:
@@ -31,6 +35,16 @@ def tiniest(tmp_path: Path) -> list[str]:
 
 def load_tiniest(tmp_path: Path, *options: str) -> Config:
     return load_config([*tiniest(tmp_path), *options])
+
+
+def draw_batches(config: Config, seed: int, parts: int = 1) -> list[tuple[Tensor, Masks]]:
+    """The images and masks of one step, in so many micro-batches."""
+    size, n = config.data.image_size, config.optim.batch_size // parts
+    grid = (size // config.model.patch_size,) * 2
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (parts, n, 3, size, size), dtype=torch.uint8, generator=generator)
+    rngs = [[np.random.default_rng((seed, part, i)) for i in range(n)] for part in range(parts)]
+    return [(of_part, sample_masks(config.masking, grid, of)) for of_part, of in zip(images, rngs, strict=True)]
 
 
 def metrics_of(run_dir: Path) -> list[dict]:

@@ -1,6 +1,5 @@
 """Steps of micro-batches on the device, copied there while the step before is computed."""
 
-import time
 from collections.abc import Callable
 from types import TracebackType
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from capi.data.reading import never
 from capi.data.stream import ImageStream
 from capi.masking import Masks
+from capi.profiling import HostTime
 
 MicroBatch = tuple[UInt8[Tensor, "images 3 height width"], Masks]
 
@@ -27,17 +27,23 @@ class DevicePrefetcher:
 
     Use it as a context manager, or call `close()`: that ends the loader processes. Raises as ImageStream does, and
     Interrupted when `interrupted()`, asked every second of waiting for images, says so; `state_dict()` stays right.
+    In `host` the time spent waiting for the loader is `data wait`, that for the device to come after, `device wait`.
     """
 
-    def __init__(self, stream: ImageStream, device: torch.device, interrupted: Callable[[], bool] = never):
+    def __init__(
+        self,
+        stream: ImageStream,
+        device: torch.device,
+        interrupted: Callable[[], bool] = never,
+        host: HostTime | None = None,
+    ):
         self._stream, self._device = stream, device
         self._batches = stream.batches(interrupted)
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ahead: list[MicroBatch] = []  # Of the next step.
         self._computed: torch.cuda.Event | None = None  # All that was launched before the last step was yielded.
         self._state = stream.state_dict()
-        self.waited_seconds = 0.0
-        """Time spent waiting for the loader since the start."""
+        self._host = HostTime() if host is None else host
 
     @property
     def n_skipped(self) -> int:
@@ -74,10 +80,10 @@ class DevicePrefetcher:
 
     def _load(self) -> MicroBatch:
         if self._computed is not None and not self._ahead:
-            self._computed.synchronize()
-        began = time.perf_counter()
-        batch = next(self._batches)
-        self.waited_seconds += time.perf_counter() - began
+            with self._host.phase("device wait"):
+                self._computed.synchronize()
+        with self._host.phase("data wait"):
+            batch = next(self._batches)
         with torch.cuda.stream(self._copy_stream):  # On a CPU None, which changes nothing.
             # The batch may go at once: PyTorch keeps pinned memory from reuse until copies from it have ended.
             return batch.images.to(self._device, non_blocking=True), batch.masks.to(self._device)
