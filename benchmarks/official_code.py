@@ -67,9 +67,11 @@ def source() -> str:
     path = checkout_path()
     if path is None:
         return "restated in plain PyTorch"
-    command = ["git", "-C", str(path), "rev-parse", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    return f"facebookresearch/capi {commit or 'of an unknown commit'}"
+    command = ["git", "-C", str(path), "rev-parse", "--show-toplevel", "HEAD"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split("\n")
+    # Copied without its history into another repository it would pass for a commit of that one.
+    known = Path(lines[0]) == path
+    return f"facebookresearch/capi {lines[1] if known else 'of an unknown commit'}"
 
 
 @cache

@@ -1,6 +1,7 @@
 """The benchmarks' own parts: counts, peers, the official step, the race."""
 
 import logging
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 pytest.importorskip("pytest_benchmark")
 
-from benchmarks import costs, measure, official_model, official_step, peers
+from benchmarks import costs, measure, official_code, official_model, official_step, peers
 from benchmarks.attention import AttentionCase
 from benchmarks.heads import HeadCase, enter_sinkhorn, enter_student_loss
 from benchmarks.measure import OURS, Compiled, Failed, Measurement, compilation, race
@@ -157,6 +158,18 @@ def test_head_entrants_compute_the_definition(name: str) -> None:
     for enter in enters:
         contestant = enter()
         contestant.run(*contestant.operands(0))
+
+
+def test_a_copy_of_the_official_code_is_of_no_known_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of that of the repository that it lies in."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for arguments in ("init -q", "-c user.name=a -c user.email=b commit -q --allow-empty -m c"):
+        subprocess.run(["git", "-C", tmp_path, *arguments.split()], check=True)
+    monkeypatch.setenv("CAPI_OFFICIAL", str(copy))
+    assert official_code.source() == "facebookresearch/capi of an unknown commit"
+    monkeypatch.setenv("CAPI_OFFICIAL", str(tmp_path))
+    assert len(official_code.source()) == len("facebookresearch/capi ") + 40
 
 
 def test_the_official_head_gives_our_targets() -> None:
