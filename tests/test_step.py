@@ -143,16 +143,17 @@ encoder = Transformer(64, 2, 1, SelfAttention)
 (block,) = encoder.blocks
 with torch.no_grad():
     block.residual1.fn.rope.init_weights()
-block.forward = torch.compile(block.forward, fullgraph=True)
+eager = block.forward
+block.forward = torch.compile(eager, fullgraph=True)
 encoder.in_place = True
 x, packed = torch.randn(80, 64, dtype=torch.bfloat16), pack((20,) * 4, torch.rand(80, 2))
 with cast_weights(encoder, torch.bfloat16), torch.no_grad():
     given = x.clone()
     out, (code,) = run_and_get_code(encoder, given, packed, (20,) * 4)
-    encoder.in_place = False
+    encoder.in_place, block.forward = False, eager
     expected = encoder(x, packed, (20,) * 4)
 assert out.data_ptr() == given.data_ptr()
-assert torch.equal(out, expected)
+torch.testing.assert_close(out, expected, rtol=0.02, atol=0.02)
 for call, times in (("torch.ops.capi.add_product_", 2), ("addmm(", 0), ("copy_(", 0), ("clone", 0)):
     assert code.count(call) == times, (call, code)
 """
