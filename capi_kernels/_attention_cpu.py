@@ -22,20 +22,35 @@ LONG = 256  # Keys from which the tiled backward is the faster one.
 CACHED = 2**17  # Weights formed at a time in the other: half a MiB.
 TOGETHER = 2**18  # Channels of queries and keys taken at a time: copies of no more are alive.
 
+Tables = Sequence[Tensor | None]  # cos and sin, or None and None
+NONE = (None, None)
+
 
 class Block(NamedTuple):
     """Some heads of groups that have as many queries and as many keys, and which packed tokens these are."""
 
     groups: int
+    length: int  # keys of each group
     queries: slice | Tensor
     keys: slice | Tensor
     heads: slice
 
+    def part(self, x: Tensor, tokens: slice | Tensor) -> Tensor:
+        """Of packed [tokens, heads, head_dim] or tables [tokens, head_dim] its [groups, heads or 1, length, head_dim].
 
-def _tokens(starts: list[int], length: int) -> slice | Tensor:
+        A view where the tokens are a slice.
+        """
+        x = x[tokens, self.heads] if x.ndim == 3 else x[tokens].unsqueeze(1)
+        return x.view(self.groups, -1, *x.shape[1:]).transpose(1, 2)
+
+    def tables(self, tables: Tables, tokens: slice | Tensor) -> Tables:
+        return [None if x is None else self.part(x, tokens) for x in tables]
+
+
+def _tokens(starts: Sequence[int], length: int) -> slice | Tensor:
     """Those of the sequences of one length that start there: a slice where they follow each other."""
-    if starts == list(range(starts[0], starts[0] + length * len(starts), length)):
-        return slice(starts[0], starts[0] + length * len(starts))
+    if all(later - start == length for start, later in pairwise(starts)):
+        return slice(starts[0], starts[-1] + length)
     return (torch.tensor(starts).unsqueeze(1) + torch.arange(length)).flatten()
 
 
@@ -60,49 +75,26 @@ def _blocks(sizes: Sizes, heads: int, head_dim: int, heads_at_least: int = 1) ->
         together = max(heads_at_least, TOGETHER // ((queries + keys) * head_dim))
         for group in range(0, len(starts), max(1, together // heads)):
             starts_q, starts_k = zip(*starts[group : group + max(1, together // heads)], strict=True)
-            tokens = len(starts_q), _tokens(list(starts_q), queries), _tokens(list(starts_k), keys)
+            tokens = len(starts_q), keys, _tokens(starts_q, queries), _tokens(starts_k, keys)
             for head in range(0, heads, together):
                 yield Block(*tokens, slice(head, head + together))
 
 
-def _rotated(x: Tensor, tables: Sequence[Tensor | None], transpose: bool = False) -> Tensor:
-    """Packed [tokens, heads, head_dim], wide, and rotated or rotated back."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    if tables[0] is None:
-        return x.to(wide)
-    out = torch.empty(x.shape, dtype=wide)
-    return rotate(x, *(table.unsqueeze(1) for table in tables), out=out, transpose=transpose)
-
-
-def _read(x: Tensor, tables: Sequence[Tensor | None], tokens: slice | Tensor, block: Block) -> Tensor:
-    """Of packed [tokens, heads, head_dim] those of a block, [groups, heads, length, head_dim], wide and rotated."""
-    x = x[tokens, block.heads].unflatten(0, (block.groups, -1)).transpose(1, 2)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    if tables[0] is None:
-        return x.to(wide) if x.stride(3) == 1 else x.to(wide, memory_format=torch.contiguous_format)
-    out = torch.empty(x.shape, dtype=wide)
-    return rotate(x, *(y[tokens].unflatten(0, (block.groups, -1)).unsqueeze(1) for y in tables), out=out)
-
-
-def _write(
-    out: Tensor, x: Tensor, tables: Sequence[Tensor | None], tokens: slice | Tensor, block: Block, add: bool = False
-) -> None:
-    """The transpose of `_read`: x, rotated back, goes to its places of packed out, or is added there."""
-    x = x.transpose(1, 2)
-    if isinstance(tokens, Tensor):
-        out[:, block.heads].index_add_(0, tokens, x.flatten(0, 1).to(out.dtype))
-        return
-    part = out[tokens, block.heads].unflatten(0, x.shape[:2])
-    if add:
-        part.add_(x)
-    elif tables[0] is None:
-        part.copy_(x)
-    else:
-        rotate(x, *(y[tokens].unflatten(0, x.shape[:2]).unsqueeze(2) for y in tables), out=part, transpose=True)
-
-
 def _is_wide(x: Tensor) -> bool:
     return torch.promote_types(x.dtype, torch.float32) == x.dtype
+
+
+def _wide(x: Tensor, tables: Tables, *, transpose: bool = False, new: bool = False) -> Tensor:
+    """[..., head_dim] in float32 or wider, rotated or rotated back; x itself where nothing is to do, unless new."""
+    if tables[0] is None and not new and _is_wide(x) and x.stride(-1) == 1:
+        return x
+    out = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
+    return out.copy_(x) if tables[0] is None else rotate(x, *tables, out=out, transpose=transpose)
+
+
+def _rotated(x: Tensor, tables: Tables, transpose: bool = False) -> Tensor:
+    """`_wide` of packed [tokens, heads, head_dim] and tables [tokens, head_dim]."""
+    return _wide(x, [None if table is None else table.unsqueeze(1) for table in tables], transpose=transpose)
 
 
 def _is_ragged(sizes: Sizes, where: tuple[Tensor, Tensor, Tensor | None]) -> bool:
@@ -111,107 +103,129 @@ def _is_ragged(sizes: Sizes, where: tuple[Tensor, Tensor, Tensor | None]) -> boo
     return kv_index is not None or len(sizes) > 1 or sum(map(len, sizes.values())) < len(cu_seqlens_q) - 1
 
 
-def saved_shapes(q: Tensor, k: Tensor, tables: Sequence[Tensor | None]) -> list[tuple]:
-    """Of what `attention` keeps for the backward, all of it in float32 or wider."""
-    rotated = [x.shape for x, cos in ((q, tables[0]), (k, tables[2])) if cos is not None and _is_wide(q)]
-    return [(q.shape[0], q.shape[1]), *rotated]
-
-
 def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    tables: Sequence[Tensor | None],
+    tables: Tables,
     where: tuple[Tensor, Tensor, Tensor | None],
     scale: float,
-) -> tuple[Tensor, list[Tensor]]:
-    """o and what the backward needs; where: cu_seqlens of both sides and kv_index.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """o, [tokens, heads] the logarithm of each row's sum, and k, which was rotated if it is in float32 or wider.
 
-    That is, [tokens, heads], the logarithm of each row's sum and, of tokens in float32 or wider, these rotated.
+    where: cu_seqlens of both sides and kv_index.
     """
-    sizes, wide = _sizes(*where), torch.promote_types(q.dtype, torch.float32)
-    ragged = _is_ragged(sizes, where)
+    sizes, tiled = _sizes(*where), torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    ragged, unrounded = _is_ragged(sizes, where), _is_wide(q)
+    dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
+    if ragged or unrounded:
+        q, k, tables = _rotated(q, tables[:2]), _rotated(k, tables[2:]), NONE * 2
+    if unrounded and not ragged:
+        (starts,) = sizes.values()
+        images = (x.view(len(starts), -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, _wide(v, NONE)))
+        out, logsumexp = (x.transpose(1, 2).flatten(0, 1) for x in tiled(*images, scale=scale))
+        return out, logsumexp, k
     new = torch.zeros if ragged else torch.empty
-    out, logsumexp = new(q.shape, dtype=q.dtype), new(q.shape[:2], dtype=wide)
-    saved = [logsumexp]
-    if ragged or _is_wide(q):
-        keep = _is_wide(q)
-        q, k = _rotated(q, tables[:2]), _rotated(k, tables[2:])
-        saved += [x for x, cos in ((q, tables[0]), (k, tables[2])) if cos is not None and keep]
-        tables = (None,) * 4
+    out, logsumexp = new(q.shape, dtype=dtype), new(q.shape[:2], dtype=wide)
     for block in _blocks(sizes, *q.shape[1:]):
-        q_, k_ = _read(q, tables[:2], block.queries, block), _read(k, tables[2:], block.keys, block)
-        v_ = _read(v, (None, None), block.keys, block)
-        o, l = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q_, k_, v_, scale=scale)  # noqa: E741
-        _write(out, o, (None, None), block.queries, block)
+        places = (q, tables[:2], block.queries), (k, tables[2:], block.keys), (v, NONE, block.keys)
+        operands = [_wide(block.part(x, tokens), block.tables(tables, tokens)) for x, tables, tokens in places]
+        o, l = tiled(*operands, scale=scale)  # noqa: E741
+        out[block.queries, block.heads] = o.transpose(1, 2).flatten(0, 1).to(dtype)
         logsumexp[block.queries, block.heads] = l.transpose(1, 2).flatten(0, 1)
-        del q_, k_, v_, o  # Before the next block makes its own.
-    return out, saved
+        del operands, o  # Before the next block makes its own.
+    return out, logsumexp, k
 
 
 def _backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv of [groups * heads, length, head_dim], from weights that are formed once more."""
-    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    """dq, dk and dv of contiguous [groups, heads, length, head_dim], from weights that are formed once more.
+
+    They take the places of do and, where all queries come at a time, of k and v.
+    """
+    shapes = do.shape, k.shape, v.shape
+    do, q, k, v = (x.flatten(0, 1) for x in (do, q, k, v))
     rows = min(q.shape[1], max(32, CACHED // k.shape[1]))
     pairs = max(1, CACHED // (rows * k.shape[1]))
+    kept = int(rows < q.shape[1])
+    dk, dv = (torch.zeros_like(k), torch.zeros_like(v)) if kept else (k, v)
     for pair in range(0, len(q), pairs):
         k_, v_, dk_, dv_ = (x[pair : pair + pairs] for x in (k, v, dk, dv))
         for row in range(0, q.shape[1], rows):
-            q_, do_, dq_ = (x[pair : pair + pairs, row : row + rows] for x in (q, do, dq))
+            q_, do_ = (x[pair : pair + pairs, row : row + rows] for x in (q, do))
             # In place, which autocast leaves alone: it may be on in a backward.
-            P = q.new_empty((*q_.shape[:2], k.shape[1])).baddbmm_(q_, k_.mT, beta=0, alpha=scale).softmax(-1)
-            dS = torch.empty_like(P).baddbmm_(do_, v_.mT, beta=0)
-            dS = torch.ops.aten._softmax_backward_data(dS, P, -1, P.dtype)
-            added = 0 if row == 0 else 1
-            dq_.baddbmm_(dS, k_, beta=0, alpha=scale)
-            dk_.baddbmm_(dS.mT, q_, beta=added, alpha=scale)
-            dv_.baddbmm_(P.mT, do_, beta=added)
-    return dq, dk, dv
+            dS, P = torch.empty((2, *q_.shape[:2], k.shape[1]), dtype=q.dtype)
+            torch.ops.aten._softmax.out(dS.baddbmm_(q_, k_.mT, beta=0, alpha=scale), -1, False, out=P)
+            dS.baddbmm_(do_, v_.mT, beta=0)
+            torch.ops.aten._softmax_backward_data.out(dS, P, -1, P.dtype, grad_input=dS)
+            dv_.baddbmm_(P.mT, do_, beta=kept)
+            do_.baddbmm_(dS, k_, beta=0, alpha=scale)
+            dk_.baddbmm_(dS.mT, q_, beta=kept, alpha=scale)
+    return tuple(x.view(shape) for x, shape in zip((do, dk, dv), shapes, strict=True))
+
+
+def _put(out: Tensor, x: Tensor, tables: Tables, tokens: slice | Tensor, block: Block, add: bool) -> None:
+    """x, [groups, heads, length, head_dim], rotated back, goes to its places of packed out, or is added there."""
+    if isinstance(tokens, Tensor):
+        out[:, block.heads].index_add_(0, tokens, x.transpose(1, 2).flatten(0, 1))
+    elif add:
+        block.part(out, tokens).add_(x)
+    elif tables[0] is None:
+        block.part(out, tokens).copy_(x)
+    else:
+        rotate(x, *tables, out=block.part(out, tokens), transpose=True)
 
 
 def attention_backward(
     do: Tensor,
     out: Tensor,
-    saved: Sequence[Tensor],
+    logsumexp: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    tables: Sequence[Tensor | None],
+    tables: Tables,
     where: tuple[Tensor, Tensor, Tensor | None],
     scale: float,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-) -> None:
-    """Write dq, dk and dv, whatever their strides."""
-    logsumexp, *rotated = saved
-    sizes, unrounded, sums = _sizes(*where), _is_wide(q), (dq, dk, dv)
+    parts: tuple[int, ...],
+    rotated: Tensor | None = None,
+) -> list[Tensor]:
+    """dq, dk and dv in buffers [tokens, parts, heads, head_dim]: one of 3 parts, or one of 1 and one of 2.
+
+    rotated: k wide and rotated, if the forward kept it.
+    """
+    sizes, unrounded = _sizes(*where), _is_wide(q)
     ragged = _is_ragged(sizes, where)
-    reading = writing = tables
-    if ragged or unrounded:
-        reading = (None,) * 4
-        q = rotated.pop(0) if unrounded and tables[0] is not None else _rotated(q, tables[:2])
-        k = rotated.pop(0) if unrounded and tables[2] is not None else _rotated(k, tables[2:])
+    shapes = [(len(x), n, *x.shape[1:]) for x, n in zip((q, k), parts, strict=False)]
+    inner, grads, dtype = tables, None, q.dtype
     if ragged:
-        writing = (None,) * 4
+        q, k = _rotated(q, tables[:2]), _rotated(k, tables[2:]) if rotated is None else rotated
+        inner = NONE * 2
         # Groups that share a context add up in float32 or wider.
-        sums = [torch.zeros(x.shape, dtype=logsumexp.dtype) for x in (q, k, v)]
+        grads = [torch.zeros(x.shape, dtype=logsumexp.dtype) for x in (q, k, v)]
     # PyTorch's backward gives a thread whole heads; a rounded output would cost it its accuracy.
     for block in _blocks(sizes, *q.shape[1:], torch.get_num_threads() if unrounded else 1):
-        q_, k_ = _read(q, reading[:2], block.queries, block), _read(k, reading[2:], block.keys, block)
-        v_, do_ = _read(v, (None, None), block.keys, block), _read(do, (None, None), block.queries, block)
-        if k_.shape[2] >= LONG and unrounded:
-            o_ = _read(out, (None, None), block.queries, block)
-            l_ = logsumexp[block.queries, block.heads].unflatten(0, (block.groups, -1)).transpose(1, 2)
-            tiled = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-            dq_, dk_, dv_ = tiled(do_, q_, k_, v_, o_, l_, 0.0, False, scale=scale)
+        queries, keys, tiled = block.queries, block.keys, unrounded and block.length >= LONG
+        q_tables = block.tables(inner[:2], queries)
+        k_tables = q_tables if inner[0] is inner[2] else block.tables(inner[2:], keys)
+        keys_given = (k, k_tables, keys) if rotated is None else (rotated, NONE, keys)
+        places = (do, NONE, queries), (q, q_tables, queries), keys_given, (v, NONE, keys)
+        operands = [_wide(block.part(x, tokens), rotation, new=not tiled) for x, rotation, tokens in places]
+        if tiled:
+            o_, l_ = _wide(block.part(out, queries), NONE), block.part(logsumexp.unsqueeze(2), queries).squeeze(3)
+            backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+            results = backward(*operands, o_, l_, 0.0, False, scale=scale)
         else:
-            pairs = (x.flatten(0, 1) for x in (do_, q_, k_, v_))
-            dq_, dk_, dv_ = (x.unflatten(0, q_.shape[:2]) for x in _backward(*pairs, scale))
-        places = (writing[:2], block.queries), (writing[2:], block.keys), ((None, None), block.keys)
-        for x, dx, place in zip(sums, (dq_, dk_, dv_), places, strict=True):
-            _write(x, dx, *place, block, add=ragged)
-        del q_, k_, v_, do_, dq_, dk_, dv_, dx  # Before the next block makes its own.
+            results = _backward(*operands, scale)
+        del operands
+        if grads is None:  # Only now, when the first block has set its memory free.
+            buffers = [torch.empty(shape, dtype=dtype) for shape in shapes]
+            grads = [part for buffer in buffers for part in buffer.unbind(1)]
+        places = (q_tables, queries), (k_tables, keys), (NONE, keys)
+        for grad, x, place in zip(grads, results, places, strict=True):
+            _put(grad, x, *place, block, add=ragged)
+        del results, x  # Before the next block makes its own.
     if ragged:
-        for dx, x, rotation in zip((dq, dk, dv), sums, (tables[:2], tables[2:], (None, None)), strict=True):
-            dx.copy_(_rotated(x, rotation, transpose=True))
+        buffers = [torch.empty(shape, dtype=dtype) for shape in shapes]
+        outs = [part for buffer in buffers for part in buffer.unbind(1)]
+        for grad, x, rotation in zip(outs, grads, (tables[:2], tables[2:], NONE), strict=True):
+            grad.copy_(_rotated(x, rotation, transpose=True))
+    return buffers

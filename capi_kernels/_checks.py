@@ -2,6 +2,7 @@
 
 import math
 from numbers import Integral, Real
+from operator import sub
 
 import torch
 from torch import Tensor
@@ -160,11 +161,13 @@ def check_cu_seqlens(
         raise ValueError(f"{max_name} must be at least {-(-tokens // groups)} for {tokens} tokens, got {max_seqlen}")
     if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    if int(cu_seqlens[0]) != 0:
-        raise ValueError(f"{name} must start at 0, got {int(cu_seqlens[0])}")
-    if int(cu_seqlens[-1]) != tokens:
-        raise ValueError(f"{name} must end at the token count {tokens}, got {int(cu_seqlens[-1])}")
-    shortest, longest = (int(length) for length in cu_seqlens.diff().aminmax())
+    starts = cu_seqlens.tolist()
+    if starts[0] != 0:
+        raise ValueError(f"{name} must start at 0, got {starts[0]}")
+    if starts[-1] != tokens:
+        raise ValueError(f"{name} must end at the token count {tokens}, got {starts[-1]}")
+    lengths = list(map(sub, starts[1:], starts))
+    shortest, longest = min(lengths), max(lengths)
     if shortest < 0:
         raise ValueError(f"{name} must not decrease, got a step of {shortest}")
     if longest > max_seqlen:

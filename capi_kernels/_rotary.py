@@ -18,9 +18,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, out: Tensor, transpose: bool 
     wide = torch.promote_types(x.dtype, cos.dtype)
     x, cos, sin = x.to(wide), cos.to(wide), sin.to(wide)
     y = out if out.dtype == wide else torch.empty(out.shape, dtype=wide, device=out.device)
-    half = x.shape[-1] // 2
-    x1, x2, y1, y2 = x[..., :half], x[..., half:], y[..., :half], y[..., half:]
-    s1, s2 = sin[..., :half], sin[..., half:]
+    (x1, x2), (y1, y2), (s1, s2) = (z.chunk(2, -1) for z in (x, y, sin))
     torch.mul(x, cos, out=y)
     if transpose:
         y1.addcmul_(x2, s2)

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from capi_kernels._attention_cpu import attention, attention_backward, saved_shapes
+from capi_kernels._attention_cpu import attention, attention_backward
 from capi_kernels._autocast import cast_inputs, register_autocast
 from capi_kernels._checks import (
     check_cu_seqlens,
@@ -27,8 +27,8 @@ OPERANDS = (
     " Tensor cu_seqlens_k, Tensor? kv_index, SymInt max_seqlen_q, SymInt max_seqlen_k, float scale"
 )
 OP = "capi_kernels::masked_cross_attention"
-# Saved is what the backward needs of each row and, on a CPU, q and k in float32 or wider, rotated.
-# dk and dv come in one buffer.
+# Saved is what the backward needs of each row and, on a CPU, the rotated k, many times the queries, in float32 or
+# wider. dk and dv come in one buffer.
 torch.library.define(OP, f"({OPERANDS}) -> (Tensor out, Tensor[] saved)")
 torch.library.define(
     f"{OP}_backward", f"(Tensor do, Tensor out, Tensor[] saved, {OPERANDS}) -> (Tensor dq, Tensor dkv)"
@@ -36,19 +36,25 @@ torch.library.define(
 register_autocast(OP, 3)
 
 
+def keeps_rotated(k: Tensor, cos: Tensor | None) -> bool:
+    """Whether a CPU keeps k as it rotated it."""
+    return cos is not None and torch.promote_types(k.dtype, torch.float32) == k.dtype
+
+
 @torch.library.impl(OP, "CPU")
 def _(q, k, v, *operands):
     *tables, cu_seqlens_q, cu_seqlens_k, kv_index, _, _, scale = operands
-    return attention(q, k, v, tables, (cu_seqlens_q, cu_seqlens_k, kv_index), scale)
+    out, logsumexp, rotated = attention(q, k, v, tables, (cu_seqlens_q, cu_seqlens_k, kv_index), scale)
+    return out, [logsumexp, rotated] if keeps_rotated(k, tables[2]) else [logsumexp]
 
 
 @torch.library.impl(f"{OP}_backward", "CPU")
 def _(do, out, saved, q, k, v, *operands):
     *tables, cu_seqlens_q, cu_seqlens_k, kv_index, _, _, scale = operands
     where = (cu_seqlens_q, cu_seqlens_k, kv_index)
-    dq, dkv = q.new_empty(q.shape), k.new_empty((len(k), 2, *k.shape[1:]))
-    attention_backward(do, out, saved, q, k, v, tables, where, scale, dq, *dkv.unbind(1))
-    return dq, dkv
+    logsumexp, *rotated = saved
+    dq, dkv = attention_backward(do, out, logsumexp, q, k, v, tables, where, scale, (1, 2), *rotated)
+    return dq.squeeze(1), dkv
 
 
 @torch.library.impl(OP, "CUDA")
@@ -72,8 +78,8 @@ def _(do, out, saved, *operands):
 def _(q, k, v, q_cos, q_sin, k_cos, k_sin, cu_seqlens_q, cu_seqlens_k, kv_index, max_seqlen_q, max_seqlen_k, scale):
     queries, heads, _ = q.shape
     if q.device.type == "cpu":
-        wide = torch.promote_types(q.dtype, torch.float32)
-        saved = [q.new_empty(shape, dtype=wide) for shape in saved_shapes(q, k, (q_cos, q_sin, k_cos, k_sin))]
+        saved = [q.new_empty((queries, heads), dtype=torch.promote_types(q.dtype, torch.float32))]
+        saved += [k.new_empty(k.shape)] if keeps_rotated(k, k_cos) else []
     else:
         saved = [q.new_empty((2, heads, queries), dtype=torch.float32)]
     return q.new_empty(q.shape), saved

@@ -34,6 +34,7 @@ from capi_kernels.reference import SHIFT, Potentials
 # In this file E carries exp(HEADROOM), which keeps it clear of the denormal numbers, slow on a CPU, and c its inverse.
 HEADROOM = 32.0
 CHUNK_BYTES = 1 << 23  # Exponentials that stay in cache between two passes.
+IN_PLACE = 4  # So many times more where the output holds them: threads wait for each other less often.
 SUMMED = 1024  # Terms that one product adds up: in one go 16384 would be off by more than all other rounding.
 
 
@@ -111,10 +112,12 @@ def largest(values: list[int], process_group: ProcessGroup | None, device: torch
     return x.tolist()
 
 
-def positions_per_chunk(images: int, prototypes: int, itemsize: int, process_group: ProcessGroup | None) -> int:
-    """How many positions fit in CHUNK_BYTES on the rank with most images: ranks must cut their reductions alike."""
+def positions_per_chunk(
+    images: int, prototypes: int, itemsize: int, process_group: ProcessGroup | None, times: int = 1
+) -> int:
+    """How many positions fit in `times` CHUNK_BYTES on the rank with most images: ranks must cut reductions alike."""
     (images,) = largest([images], process_group, torch.device("cpu"))
-    return max(1, CHUNK_BYTES // (images * prototypes * itemsize))
+    return max(1, times * CHUNK_BYTES // (images * prototypes * itemsize))
 
 
 def rows_per_block(positions: int, images: int, prototypes: int, itemsize: int) -> int:
@@ -168,7 +171,8 @@ def _balanced(
     *slices, images, prototypes = logits.shape
     out = torch.empty(logits.shape, dtype=logits.dtype) if assign else None
     potentials = Potentials(*(torch.ones((*slices, n), dtype=dtype) for n in (prototypes, prototypes, images)))
-    chunk = positions_per_chunk(images, prototypes, dtype.itemsize, process_group)
+    times = IN_PLACE if assign and logits.dtype == dtype else 1
+    chunk = positions_per_chunk(images, prototypes, dtype.itemsize, process_group, times)
     tensors = (logits, out, *potentials)
     if not slices:
         tensors = (x if x is None else x.unsqueeze(0) for x in tensors)

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from capi_kernels._attention_cpu import attention, attention_backward, saved_shapes
+from capi_kernels._attention_cpu import attention, attention_backward
 from capi_kernels._autocast import cast_inputs, register_autocast
 from capi_kernels._checks import (
     check_cu_seqlens,
@@ -23,8 +23,7 @@ from capi_kernels._checks import (
 
 OPERANDS = "Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, Tensor cu_seqlens, SymInt max_seqlen, float scale"
 OP = "capi_kernels::visible_attention"
-# Saved is what the backward needs of each row and, on a CPU, q and k in float32 or wider, rotated.
-# All gradients come in one buffer.
+# Saved is what the backward needs of each row. All gradients come in one buffer.
 torch.library.define(OP, f"({OPERANDS}) -> (Tensor out, Tensor[] saved)")
 torch.library.define(f"{OP}_backward", f"(Tensor do, Tensor out, Tensor[] saved, {OPERANDS}) -> Tensor dqkv")
 register_autocast(OP, 3)
@@ -32,14 +31,14 @@ register_autocast(OP, 3)
 
 @torch.library.impl(OP, "CPU")
 def _(q, k, v, cos, sin, cu_seqlens, max_seqlen, scale):
-    return attention(q, k, v, (cos, sin) * 2, (cu_seqlens, cu_seqlens, None), scale)
+    out, logsumexp, _ = attention(q, k, v, (cos, sin) * 2, (cu_seqlens, cu_seqlens, None), scale)
+    return out, [logsumexp]
 
 
 @torch.library.impl(f"{OP}_backward", "CPU")
 def _(do, out, saved, q, k, v, cos, sin, cu_seqlens, max_seqlen, scale):
-    dqkv = q.new_empty((len(q), 3, *q.shape[1:]))
     where = (cu_seqlens, cu_seqlens, None)
-    attention_backward(do, out, saved, q, k, v, (cos, sin) * 2, where, scale, *dqkv.unbind(1))
+    (dqkv,) = attention_backward(do, out, *saved, q, k, v, (cos, sin) * 2, where, scale, (3,))
     return dqkv
 
 
@@ -64,11 +63,10 @@ def _(do, out, saved, *operands):
 def _(q, k, v, cos, sin, cu_seqlens, max_seqlen, scale):
     tokens, heads, _ = q.shape
     if q.device.type == "cpu":
-        wide = torch.promote_types(q.dtype, torch.float32)
-        saved = [q.new_empty(shape, dtype=wide) for shape in saved_shapes(q, k, (cos, sin) * 2)]
+        stats = q.new_empty((tokens, heads), dtype=torch.promote_types(q.dtype, torch.float32))
     else:
-        saved = [q.new_empty((2, heads, tokens), dtype=torch.float32)]
-    return q.new_empty(q.shape), saved
+        stats = q.new_empty((2, heads, tokens), dtype=torch.float32)
+    return q.new_empty(q.shape), [stats]
 
 
 @torch.library.register_fake(f"{OP}_backward")

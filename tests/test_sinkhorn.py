@@ -280,3 +280,16 @@ def test_bad_potentials() -> None:
             given = potentials._replace(row=potentials.row.to("meta"))
         with pytest.raises(ValueError, match=message):
             assignments_from_potentials(bad, given, index)
+
+
+@pytest.mark.parametrize(("dtype", "positions"), [(torch.float32, 8), (torch.bfloat16, 2)], ids=str)
+def test_more_positions_at_a_time_where_the_output_holds_them(
+    dtype: torch.dtype, positions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads then wait for each other less often, and no memory is taken."""
+    monkeypatch.setattr(sinkhorn, "CHUNK_BYTES", 2 * 3 * 5 * 4)
+    chunks = []
+    balance = sinkhorn.balance
+    monkeypatch.setattr(sinkhorn, "balance", lambda *given: chunks.append(len(given[1])) or balance(*given))
+    sinkhorn_positionwise(draw(16, 3, 5, dtype=dtype))
+    assert chunks == [positions] * (16 // positions)
