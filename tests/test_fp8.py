@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_runs import FIXED, draw_batches, load_tiniest, tiniest
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import fp8_teacher
 from capi import fp8
@@ -13,7 +14,7 @@ from capi.fp8 import fp8_linear, fp8_obstacle, quantized
 from capi.step import Trainer
 from capi.train import main
 
-CPU, META, GPU = (torch.device(name) for name in ("cpu", "meta", "cuda"))
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 FP8 = ("--run.teacher_precision", "fp8")
 
 
@@ -50,9 +51,13 @@ def test_a_product_is_that_of_the_quantised_factors(dtype) -> None:
 
 
 def test_what_a_gpu_is_asked_for_is_a_product_scaled_by_row() -> None:
-    """PyTorch's rules for shapes, strides and types, without a GPU."""
-    out = fp8_linear(draw(21, 64, dtype=torch.bfloat16).to(META), quantized(draw(32, 64).to(META)))
-    assert (out.shape, out.dtype, out.device) == ((21, 32), torch.bfloat16, META)
+    """PyTorch checks the shapes, strides and types of fake tensors as it does those of a GPU."""
+    with FakeTensorMode():
+        weight = quantized(torch.empty(32, 64, device=GPU))
+        out = fp8_linear(torch.empty(21, 64, dtype=torch.bfloat16, device=GPU), weight)
+        assert (out.shape, out.dtype, out.device.type) == ((21, 32), torch.bfloat16, "cuda")
+        with pytest.raises(RuntimeError, match="Invalid scaling configuration"):
+            fp8_linear(torch.empty(21, 64, device=GPU), weight._replace(scale=weight.scale.mT))
 
 
 @pytest.mark.gpu
