@@ -129,7 +129,7 @@ class Trainer:
 
     def fuse_updates(self) -> None:
         """Has the updates made in one pass over the parameters, by Triton, with the copies that layers compute with."""
-        from capi.fused_update import FusedUpdate  # Without a GPU there need be no Triton.
+        from capi.fused_update_triton import FusedUpdate  # Without a GPU there need be no Triton.
 
         if self.compute_dtype != torch.float32:
             self.copies = WeightCopies([self.model.student, self.teacher_modules()], self.compute_dtype)
