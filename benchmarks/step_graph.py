@@ -2,8 +2,9 @@
 
 For each preset: milliseconds a step, the host's share of them, busy and idle time and launches by profile, and the peak
 of memory, of both; and whether losses, gradients and weights are the same to the bit over seven steps, of which the
-graph is replayed in four. The presets compile side by side and are timed one after the other; what fails is printed and
-stops nothing else. Profiles go to the folder `--out`.
+graph is replayed in four. With `--fp8` the graph of a step whose teacher computes in 8 bits is timed as well. The
+presets compile side by side and are timed one after the other; what fails is printed and stops nothing else. Profiles
+go to the folder `--out`.
 """
 
 import argparse
@@ -33,8 +34,8 @@ COMPARED, TIMED, PROFILED = 7, 12, 4
 class Case:
     """One preset, whose batches are on the GPU already."""
 
-    def __init__(self, preset: str, out: Path, device: torch.device):
-        self.preset, self.out, self.device = preset, out, device
+    def __init__(self, preset: str, out: Path, device: torch.device, fp8: bool = False):
+        self.preset, self.out, self.device, self.fp8 = preset, out, device, fp8
         self.config = configuration(preset, BATCHES[preset], self.device, torch.bfloat16)
         self.batches = [[draw_batch(self.config, seed, self.device)] for seed in range(2)]
         self.first_step = self.config.optim.lr.warmup_steps // 2  # Where the learning rates are not zero.
@@ -42,8 +43,8 @@ class Case:
     def say(self, line: str) -> None:
         print(f"[{self.preset}] {line}", flush=True)
 
-    def trainer(self, graphs: str) -> Trainer:
-        self.config.run.cuda_graphs = graphs
+    def trainer(self, graphs: str, teacher_precision: str = "auto") -> Trainer:
+        self.config.run.cuda_graphs, self.config.run.teacher_precision = graphs, teacher_precision
         return Trainer(self.config, World(0, 1, self.device))
 
     def step(self, trainer: Trainer, i: int) -> tuple[torch.Tensor, ...]:
@@ -98,16 +99,19 @@ class Case:
         peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.memory_reserved()
         self.say(f"{name}: peak {peak / 2**30:.2f} GiB, reserved now {reserved / 2**30:.2f} GiB")
 
-    def one(self, name: str, graphs: str, gate: Gate) -> dict[str, torch.Tensor]:
-        trainer = self.trainer(graphs)
-        if not gate.passed:
+    def compile(self) -> None:
+        for precision in ("auto", "fp8")[: 1 + self.fp8]:
             began = time.perf_counter()
-            self.step(trainer, 0)
-            torch.cuda.synchronize()
-            self.say(f"compiled in {time.perf_counter() - began:.0f} s")
-            trainer = None
-            gate.wait()
-            trainer = self.trainer(graphs)
+            try:
+                self.step(self.trainer("off", precision), 0)
+                torch.cuda.synchronize()
+                self.say(f"teacher {precision}: compiled in {time.perf_counter() - began:.0f} s")
+            except Exception:
+                self.say(f"teacher {precision}: does not compile")
+                traceback.print_exc(limit=-12)
+
+    def one(self, name: str, *given: str) -> dict[str, torch.Tensor]:
+        trainer = self.trainer(*given)
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -118,14 +122,20 @@ class Case:
 
     def run(self, gate: Gate) -> bool:
         found = {}
-        for name, graphs in (("eager", "off"), ("graph", "on")):
+        self.compile()
+        gate.wait()
+        cases = {"eager": ("off",), "graph": ("on",)} | ({"graph_fp8": ("on", "fp8")} if self.fp8 else {})
+        for name, given in cases.items():
             try:
-                found[name] = self.one(name, graphs, gate)
+                found[name] = self.one(name, *given)
             except Exception:
                 self.say(f"{name} failed")
                 traceback.print_exc(limit=-12)
-        if len(found) < 2:
+        if not {"eager", "graph"} <= found.keys():
             return False
+        if "graph_fp8" in found:
+            plain, in_8_bits = (found[name]["clusters of step 0"] for name in ("graph", "graph_fp8"))
+            self.say(f"in 8 bits {(plain == in_8_bits).float().mean():.2%} of the most likely clusters are the same")
         differing = [key for key, x in found["eager"].items() if not torch.equal(x, found["graph"][key])]
         for key in differing[:12]:
             a, b = found["eager"][key].double(), found["graph"][key].double()
@@ -140,17 +150,19 @@ def main() -> int:
     parser.add_argument("presets", nargs="*", default=["vits14", "vitl14"], metavar="PRESET")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")))
     parser.add_argument("--seconds", type=float, default=240.0, help="after which what still runs is ended")
+    parser.add_argument("--fp8", action="store_true", help="the graph with a teacher in 8 bits as well")
     parser.add_argument("--alone", action="store_true", help="one preset, in this process")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.alone:
         (preset,) = arguments.presets
-        return int(not Case(preset, arguments.out, torch.device("cuda")).run(Gate(preset)))
+        return int(not Case(preset, arguments.out, torch.device("cuda"), arguments.fp8).run(Gate(preset)))
     until = time.monotonic() + arguments.seconds
     with tempfile.TemporaryDirectory() as folder:
         threads = str(max(1, (os.cpu_count() or 1) // len(arguments.presets)))
         environment = {**os.environ, "CAPI_GATE": folder, "TORCHINDUCTOR_COMPILE_THREADS": threads}
         command = [sys.executable, "-m", "benchmarks.step_graph", "--alone", "--out", str(arguments.out)]
+        command += ["--fp8"] * arguments.fp8
         cases = {
             preset: (subprocess.Popen([*command, preset], env=environment), Gate(preset, folder))
             for preset in arguments.presets

@@ -4,9 +4,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.utils._pytree import tree_leaves
+
+from capi.fp8 import Quantized, fp8_linear, quantized
 
 
 class CastsWeights(nn.Module):
@@ -15,7 +19,7 @@ class CastsWeights(nn.Module):
     Gradients reach the parameters through the copies, in the parameters' own type.
     """
 
-    _cast: tuple[Tensor, ...] | None = None
+    _cast: tuple[Tensor | Quantized, ...] | None = None
 
     def stacks(self) -> tuple[tuple[nn.Parameter, ...], ...]:
         """For each of `weights()` the parameters whose rows it has, one after the other."""
@@ -25,7 +29,7 @@ class CastsWeights(nn.Module):
         stacks = ([weight.to(dtype) for weight in stack] for stack in self.stacks())
         return tuple(torch.cat(stack) if len(stack) > 1 else stack[0] for stack in stacks)
 
-    def weights(self) -> tuple[Tensor, ...]:
+    def weights(self) -> tuple[Tensor | Quantized, ...]:
         return self.cast(next(self.parameters()).dtype) if self._cast is None else self._cast
 
 
@@ -79,14 +83,27 @@ class _Copied(torch.autograd.Function):
         return None, *gradient.to(ctx.dtype).split(ctx.rows)
 
 
+def linear(x: Float[Tensor, "tokens width"], weight: Tensor | Quantized) -> Float[Tensor, "tokens dim"]:
+    """x weight^T."""
+    return fp8_linear(x, weight) if isinstance(weight, Quantized) else F.linear(x, weight)
+
+
 @contextmanager
-def cast_weights(model: nn.Module, dtype: torch.dtype, copies: WeightCopies | None = None) -> Iterator[None]:
-    """Inside, `model` computes in `dtype`, with copies of its weights made on entry, or kept already."""
+def cast_weights(
+    model: nn.Module, dtype: torch.dtype, copies: WeightCopies | None = None, *, fp8: bool = False
+) -> Iterator[None]:
+    """Inside, `model` computes in `dtype`, with copies of its weights made on entry, or kept already.
+
+    With `fp8` the products with stacks of weights are in 8 bits; they have no gradients.
+    """
     layers = [layer for layer in model.modules() if isinstance(layer, CastsWeights)]
     try:
         for layer in layers:
             layer._cast = (copies and copies.of(layer)) or layer.cast(dtype)
-            for weight in layer._cast:  # As parameters are: else the compiler would take their sizes for varying ones.
+            if fp8 and layer.stacks():
+                layer._cast = tuple(map(quantized, layer._cast))
+            for weight in tree_leaves(layer._cast):
+                # As parameters are: else the compiler would take their sizes for varying ones.
                 torch._dynamo.mark_static(weight)
         yield
     finally:

@@ -160,6 +160,8 @@ class RunConfig:
     """auto takes the GPU where there is one."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Compute type; weights stay fp32. auto is bf16 on a GPU that has it, else fp32. A run keeps what it began with."""
+    teacher_precision: Literal["auto", "fp8"] = "auto"
+    """fp8: the teacher's four products a block in 8 bits, from compute capability 8.9 on; on a CPU emulated."""
     micro_batch_size: int | None = None
     """Most images of a rank that pass through the model at a time; None takes all of them. Fewer need less memory:
     Sinkhorn still balances the whole batch, and gradients are accumulated."""
@@ -178,8 +180,7 @@ class RunConfig:
     keep_checkpoints: int = 3
     """Checkpoints that are kept."""
     profile: int = 0
-    """Steps to profile, after eight to warm up and as many to be timed without a profiler: a table (profile.txt) and a
-    trace (profile.json.gz) in the run folder."""
+    """Steps to trace, after eight and as many more: a table and a trace (profile.txt, .json.gz) in the run folder."""
     max_nan_steps: int = 3
     """Consecutive steps with a loss or gradient that is not finite after which the run stops."""
     stop_timeout: float = 15.0
@@ -368,10 +369,9 @@ def check_config(config: Config, world_size: int = 1) -> None:
     for name in ("log_every", "checkpoint_every", "keep_checkpoints", "max_nan_steps"):
         if getattr(config.run, name) < 1:
             raise ValueError(f"run.{name} must be at least 1, got {getattr(config.run, name)}")
-    if config.run.profile < 0:
-        raise ValueError(f"run.profile must not be negative, got {config.run.profile}")
-    if not config.run.stop_timeout >= 0:
-        raise ValueError(f"run.stop_timeout must not be negative, got {config.run.stop_timeout}")
+    for name in ("profile", "stop_timeout"):
+        if not getattr(config.run, name) >= 0:
+            raise ValueError(f"run.{name} must not be negative, got {getattr(config.run, name)}")
     for name in ("target_temperature", "prediction_temperature", "student_temperature"):
         if not getattr(config.clustering, name) > 0:
             raise ValueError(f"clustering.{name} must be positive, got {getattr(config.clustering, name)}")

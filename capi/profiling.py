@@ -4,6 +4,7 @@ import gzip
 import json
 import logging
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -150,8 +151,11 @@ class StepProfiler:
             taken = self.host.since(self.host_began)
             self.host_seconds = {phase: seconds / self.steps for phase, seconds in taken.items()}
             cuda = [ProfilerActivity.CUDA] if self.device.type == "cuda" else []
-            self.profiler = profile(activities=[ProfilerActivity.CPU, *cuda], acc_events=True)
-            self.profiler.start()
+            self.profiler = profile(activities=[ProfilerActivity.CPU, *cuda])
+            with warnings.catch_warnings():
+                # Unless it gathers the events of several cycles, which takes several times as long.
+                warnings.filterwarnings("ignore", ".*Profiler clears events")
+                self.profiler.start()
         elif done == WARM_UP_STEPS + 2 * self.steps:
             self._synchronize()
             self.profiler.stop()

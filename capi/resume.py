@@ -34,7 +34,7 @@ Result = TypeVar("Result")
 Changes = dict[str, tuple[object, object]]
 
 # What a run's results depend on by more than rounding is compared when it goes on: every group but `run`, and of that:
-_COMPARED_OF_RUN = ("run.seed", "run.precision")
+_COMPARED_OF_RUN = ("run.seed", "run.precision", "run.teacher_precision")
 _FREE = ("data.num_workers", "data.read_timeout")
 # Neither worth a word when they change.
 _OF_THE_START = ("run.output_dir", "run.resume", "run.allow_changes")

@@ -129,10 +129,10 @@ class Trainer:
 
     def fuse_updates(self) -> None:
         """Has the updates made in one pass over the parameters, by Triton, with the copies that layers compute with."""
-        from capi.fused_update import FusedUpdate  # Without a GPU there need be no Triton.
+        from capi.fused_update_triton import FusedUpdate  # Without a GPU there need be no Triton.
 
         if self.compute_dtype != torch.float32:
-            self.copies = WeightCopies([self.model.student, self._teacher_modules()], self.compute_dtype)
+            self.copies = WeightCopies([self.model.student, self.teacher_modules()], self.compute_dtype)
         self.fused_update = FusedUpdate(self.model, self.optimizers, self.copies)
 
     def _update(self, momentum: float, found_inf: Float[Tensor, ""]) -> None:
@@ -147,7 +147,7 @@ class Trainer:
         update_ema(self.model, momentum)
         clustering_optimizer.step()
 
-    def _teacher_modules(self) -> nn.ModuleList:
+    def teacher_modules(self) -> nn.ModuleList:
         """What of the moving average the teacher computes with."""
         teacher = self.model.student_ema.backbone
         return nn.ModuleList([teacher.patch_embed, teacher.encoder])
@@ -163,7 +163,8 @@ class Trainer:
         student_optimizer.zero_grad(set_to_none=self.world.size == 1)  # else they stay parts of DDP's buckets
         clustering_optimizer.zero_grad()
 
-        with cast_weights(self._teacher_modules(), self.compute_dtype, self.copies):
+        fp8 = config.run.teacher_precision == "fp8"
+        with cast_weights(self.teacher_modules(), self.compute_dtype, self.copies, fp8=fp8):
             features = self._teacher_features([images for images, _ in inputs.batches])
         clustering_loss, potentials = head(features)
         clustering_loss.backward()

@@ -14,6 +14,7 @@ from capi.checkpoint import newest_checkpoint, step_of
 from capi.config import Config, check_config, load_config
 from capi.data.prefetch import DevicePrefetcher
 from capi.distributed import World, any_rank, join_world
+from capi.fp8 import fp8_obstacle
 from capi.masking import check_masking
 from capi.metrics import AssignmentStatistics, MetricsWriter
 from capi.profiling import WARM_UP_STEPS, StepProfiler
@@ -65,6 +66,8 @@ def _check(config: Config, world: World) -> None:
     obstacle = graphs_obstacle(config, world)
     if config.run.cuda_graphs == "on" and obstacle is not None:
         raise ValueError(f"run.cuda_graphs is on, but {obstacle}; expected auto or off")
+    if config.run.teacher_precision == "fp8" and (obstacle := fp8_obstacle(config, world)) is not None:
+        raise ValueError(f"run.teacher_precision is fp8, but {obstacle}; expected auto")
 
 
 def _run_steps(trainer: Trainer, begun: Start, run_dir: Path, results: Results, stop: StopRequest) -> int | None:

@@ -12,8 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from capi.casting import CastsWeights
+from capi.casting import CastsWeights, linear
 from capi.drop_path import AddRows, Branches, Subset, TakeRows, sent, subsets
+from capi.fp8 import Quantized
 from capi.masking import cumulative_lengths
 from capi_kernels import (
     cross_attention_weights,
@@ -56,11 +57,13 @@ def _(x: Tensor, y: Tensor, weight: Tensor) -> None:
 
 
 def _product(
-    y: Float[Tensor, "tokens width"], weight: Float[Tensor, "dim width"], onto: Float[Tensor, "tokens dim"] | None
+    y: Float[Tensor, "tokens width"], weight: Tensor | Quantized, onto: Float[Tensor, "tokens dim"] | None
 ) -> Float[Tensor, "tokens dim"]:
-    """y weight^T, added to `onto` in place if that is given."""
+    """y weight^T, added to `onto` if that is given, in place but where the product is in 8 bits."""
     if onto is None:
-        return F.linear(y, weight)
+        return linear(y, weight)
+    if isinstance(weight, Quantized):
+        return onto + linear(y, weight)
     add_product_(onto, y, weight)
     return onto
 
@@ -104,7 +107,7 @@ class SelfAttention(Attention):
         self, x: Float[Tensor, "tokens dim"], packed: Packed, *, onto: Float[Tensor, "tokens dim"] | None = None
     ) -> Float[Tensor, "tokens dim"]:
         qkv_weight, proj_weight = self.weights()
-        qkv = F.linear(x, qkv_weight).unflatten(-1, (3, self.num_heads, -1))
+        qkv = linear(x, qkv_weight).unflatten(-1, (3, self.num_heads, -1))
         tables = rotary_tables(packed.coords, self.rope.freqs)
         out = visible_attention_qkvpacked(qkv, *tables, packed.cu_seqlens, packed.max_seqlen)
         return _product(out.flatten(1), proj_weight, onto)
@@ -182,7 +185,7 @@ class Mlp(CastsWeights):
         self, x: Float[Tensor, "tokens dim"], *, onto: Float[Tensor, "tokens dim"] | None = None
     ) -> Float[Tensor, "tokens dim"]:
         fc1, fc2 = self.weights()
-        return _product(F.gelu(F.linear(x, fc1)), fc2, onto)
+        return _product(F.gelu(linear(x, fc1)), fc2, onto)
 
 
 class Residual(nn.Module):

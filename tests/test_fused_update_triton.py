@@ -10,7 +10,7 @@ from torch import Tensor
 from capi.casting import WeightCopies, cast_weights
 from capi.config import ClusteringConfig, ModelConfig, OptimConfig
 from capi.distributed import World
-from capi.fused_update import FusedUpdate
+from capi.fused_update_triton import FusedUpdate
 from capi.model import CAPI
 from capi.optim import build_optimizers, set_learning_rates, update_ema
 from capi.step import Trainer

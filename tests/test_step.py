@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks import step_graph
 from benchmarks.gate import Gate
-from capi import drop_path, model, transformer
+from capi import drop_path, fp8, model, transformer
 from capi.casting import WeightCopies
 from capi.config import Config
 from capi.distributed import World
@@ -85,9 +86,12 @@ def on_meta(config: Config, parts: int, kept: bool = False) -> tuple[Trainer, St
 
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("rate", ["0", "0.3"])
-@pytest.mark.parametrize(("checkpointed", "kept"), [("false", True), ("true", True), ("false", False)])
-def test_the_device_part_is_on_the_device_alone(parts, rate, checkpointed, kept, tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("checkpointed", "kept", "teacher"), [("false", True, "auto"), ("true", True, "fp8"), ("false", False, "fp8")]
+)
+def test_the_device_part_is_on_the_device_alone(parts, rate, checkpointed, kept, teacher, tmp_path) -> None:
     options = ("--model.drop_path_rate", rate, "--run.checkpoint_activations", checkpointed)
+    options += ("--run.teacher_precision", teacher)
     trainer, inputs = on_meta(load_tiniest(tmp_path, *FIXED, *options), parts, kept)
     with guarded():
         losses = trainer.losses_and_gradients(inputs)
@@ -311,10 +315,12 @@ def test_the_script_tells_a_graph_from_a_step(tmp_path, cpu_graphs, monkeypatch,
     monkeypatch.setattr(step_graph.step_profile, "inspect", lambda *_: {"launches": 3})
     monkeypatch.setitem(step_graph.BATCHES, "tiny", 2)
     monkeypatch.setattr(step_graph, "TIMED", 1)
-    case = step_graph.Case("tiny", tmp_path, CPU)
+    case = step_graph.Case("tiny", tmp_path, CPU, fp8=True)
     assert case.run(Gate("tiny"))
     out = capsys.readouterr().out
-    assert len(cpu_graphs) == 1
+    assert len(cpu_graphs) == 2
+    assert re.search(r"in 8 bits \d+\.\d\d% of the most likely clusters are the same", out)
+    assert "graph_fp8: {'launches': 3}" in out
     assert "eager: peak 1.00 GiB" in out
     assert "graph: {'launches': 3}" in out
     assert "180 of 180 tensors are equal to the bit\n" in out
@@ -330,6 +336,8 @@ CASES = {
     "dropped": ("--run.precision", "bf16", "--run.compile", "off"),
     "recomputed": ("--run.checkpoint_activations", "true", "--run.precision", "bf16", "--run.compile", "off"),
     "together": ("--clustering.positionwise", "false", "--run.precision", "bf16", "--run.compile", "off"),
+    "fp8": ("--run.teacher_precision", "fp8", "--run.precision", "bf16", "--run.compile", "off"),
+    "compiled fp8": ("--run.teacher_precision", "fp8", "--run.precision", "bf16", "--run.compile", "on"),
     "compiled": ("--run.precision", "bf16", "--run.compile", "on"),
 }
 
@@ -340,6 +348,8 @@ CASES = {
 def test_a_gpu_replays_the_steps_that_it_takes(case, parts, tmp_path) -> None:
     """Losses, entropy, clusters, gradients and weights over seven steps, to the bit; and so after a resumption."""
     gpu = torch.device("cuda")
+    if "fp8" in case and torch.cuda.get_device_capability() < fp8.SINCE:
+        pytest.skip("no products in 8 bits")
     results, gradients, states, resumed = [], [], [], []
     for graphs in ("off", "on"):
         options = (*FIXED, "--run.device", "cuda", "--model.embed_dim", "64", "--run.cuda_graphs", graphs)
