@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 1024
-CONFIG = {"TILE": TILE, "num_warps": 4}
+TILE = 2048
+CONFIG = {"TILE": TILE, "num_warps": 8}
 TRITON_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
