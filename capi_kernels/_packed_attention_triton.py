@@ -536,6 +536,18 @@ def packed_few_kernel(
 
 @triton.jit
 @no_type_check
+def weights_of(s, m, inverse_l, scale_log2, like, AXIS: tl.constexpr):
+    """P of scores, from what the forward left of their rows, which lie along the other axis than AXIS."""
+    if like.dtype == tl.float32:
+        return tl.exp2(s * scale_log2 - tl.expand_dims(m * scale_log2, AXIS)) * tl.expand_dims(inverse_l, AXIS)
+    else:
+        # One instruction less a score; log2 is good to what counts in half precision. Padded rows have no gradient.
+        shift = m * scale_log2 - tl.log2(tl.maximum(inverse_l, 1e-30))
+        return tl.exp2(s * scale_log2 - tl.expand_dims(shift, AXIS))
+
+
+@triton.jit
+@no_type_check
 def add_queries(
     dk1,
     dk2,
@@ -578,7 +590,7 @@ def add_queries(
         delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     if KEYS_FIRST:
         s = tl.where(mask_k[:, None], scores(k1, k2, q1, q2, JOIN), float("-inf"))
-        p = tl.exp2(s * scale_log2 - (m * scale_log2)[None, :]) * inverse_l[None, :]
+        p = weights_of(s, m, inverse_l, scale_log2, do, 0)
         weights = p.to(do.dtype)
         dv = tl.dot(weights, do, dv, input_precision="ieee")
         if LEAN:
@@ -590,7 +602,7 @@ def add_queries(
         ds_by_key, ds_by_query = ds, tl.trans(ds)
     else:
         s = tl.where(mask_k[None, :], scores(q1, q2, k1, k2, JOIN), float("-inf"))
-        p = tl.exp2(s * scale_log2 - (m * scale_log2)[:, None]) * inverse_l[:, None]
+        p = weights_of(s, m, inverse_l, scale_log2, do, 1)
         weights = p.to(do.dtype)
         dv = tl.dot(tl.trans(weights), do, dv, input_precision="ieee")
         if LEAN:
@@ -821,7 +833,7 @@ def packed_backward_whole_kernel(
         do = load_channels(do_ptr + head * do_stride_head, start, mask, do_stride_token, 0, HEAD_DIM, BLOCK_D)
         m, inverse_l = load_stats(stats_ptr + head * queries, start, mask, rows)
         s = tl.where(mask[None, :], tl.dot(q, tl.trans(k), input_precision="ieee"), float("-inf"))
-        p = tl.exp2(s * scale_log2 - (m * scale_log2)[:, None]) * inverse_l[:, None]
+        p = weights_of(s, m, inverse_l, scale_log2, do, 1)
         weights = p.to(do.dtype)
         dv = tl.dot(tl.trans(weights), do, input_precision="ieee")
         store_channels(dv_ptr + head * dv_stride_head, dv, start, mask, dv_stride_token, 0, HEAD_DIM, BLOCK_D)
@@ -918,13 +930,13 @@ def packed_backward_by_keys_kernel(
             if KEYS_FIRST:
                 s = tl.dot(k, tl.trans(q), input_precision="ieee")  # [BLOCK_K, BLOCK_Q]
                 s = tl.where(mask_k[:, None], s, float("-inf"))
-                p = tl.exp2(s * scale_log2 - (m * scale_log2)[None, :]) * inverse_l[None, :]
+                p = weights_of(s, m, inverse_l, scale_log2, do, 0)
                 weights = p.to(do.dtype)
                 dv = tl.dot(weights, do, input_precision="ieee")
             else:
                 s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_Q, BLOCK_K]
                 s = tl.where(mask_k[None, :], s, float("-inf"))
-                p = tl.exp2(s * scale_log2 - (m * scale_log2)[:, None]) * inverse_l[:, None]
+                p = weights_of(s, m, inverse_l, scale_log2, do, 1)
                 weights = p.to(do.dtype)
                 if CHANNELS_FIRST:
                     dv = tl.trans(tl.dot(tl.trans(do), weights, input_precision="ieee"))

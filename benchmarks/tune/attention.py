@@ -126,7 +126,7 @@ def sections(smoke: bool = False, only: list[str] | None = None) -> list[Section
         (Shape(16, None, 4096), "forward", long),
     ]
     if smoke:
-        tables = [(s._replace(images=1), d, c[:: max(1, len(c) // 4)]) for s, d, c in tables[:-1]]
+        tables = [(s._replace(images=1, heads=8), d, c[:: max(1, len(c) // 2)]) for s, d, c in tables[:-1]]
     plan = [Section(*table) for table in tables]
     return [section for section in plan if not only or section.name in only]
 
@@ -237,12 +237,24 @@ def check(section: Section, config: PackedConfig, case: Case, versions: list[lis
     return "/".join(f"{error:.2f}" for error in errors)
 
 
+def jobs(plan: list[Section]) -> list[tuple[Section, PackedConfig | None]]:
+    """What to compile: today's kernels, then every configuration."""
+    return [(s, None) for s in plan] + [(s, config) for s in plan for config in s.configs]
+
+
 def work(folder: Path, index: int, count: int, plan: list[Section], smoke: bool) -> None:
-    """Compile and check every `count`-th configuration."""
-    jobs = [(section, config) for section in plan for config in section.configs]
-    jobs = [(n, *job) for n, job in enumerate(jobs)][index::count]
+    """Compile and check every `count`-th job."""
     cases = {}
-    for n, section, config in jobs:
+    for n, (section, config) in list(enumerate(jobs(plan)))[index::count]:
+        if config is None:
+            # On whole inputs: today's kernels take how many heads share a program from their number.
+            case = Case(section.shape, 0)
+            saved = case.ours()
+            if section.direction == "backward":
+                case.ours_backward(*saved)
+            cases.clear()
+            del case, saved
+            continue
         shape = section.shape._replace(images=min(section.shape.images, 1 if smoke else CHECKED_IMAGES))
         if shape.keys > 1024:
             shape = shape._replace(images=1)
@@ -316,8 +328,8 @@ def baselines(section: Section, cases: list[Case], compiled: bool) -> Iterator[t
         yield name, lambda: microseconds(forward, with_gradients)
 
 
-def time_section(section: Section, found: dict[str, dict], say: Callable, late: Callable[[], bool]) -> list[dict]:
-    rows = []
+def time_section(section: Section, found: dict[str, dict], say: Callable) -> Iterator[dict]:
+    """Time one implementation after the other."""
     cases = [Case(section.shape, seed) for seed in range(2)]
     saved = [case.ours() for case in cases]
     backward = section.direction == "backward"
@@ -327,16 +339,13 @@ def time_section(section: Section, found: dict[str, dict], say: Callable, late: 
         return cases[i].backward(config, *saved[i]) if backward else cases[i].forward(config)
 
     for name, measure in baselines(section, cases, compiled=False):
-        rows.append(attempt(section, name, measure, {}, say))
+        yield attempt(section, name, measure, {}, say)
     for config in section.configs:
         name = label(config)
-        if late():
-            say(section, name, "skipped: out of time")
-            continue
         result = found.get(name, {"failed": "not compiled in time"})
         if "failed" in result:
-            rows.append({"config": name, **result})
             say(section, name, "failed: " + result["failed"])
+            yield {"config": name, **result}
             continue
 
         def measure(config=config, result=result) -> float:
@@ -347,8 +356,7 @@ def time_section(section: Section, found: dict[str, dict], say: Callable, late: 
             result["apart"] = max(apart)
             return microseconds(partial(run, config), lambda i: (i % len(cases),))
 
-        rows.append(attempt(section, name, measure, result, say))
-    return rows
+        yield attempt(section, name, measure, result, say)
 
 
 def attempt(section: Section, name: str, measure: Callable[[], float], known: dict, say: Callable) -> dict:
@@ -381,7 +389,6 @@ def main() -> None:
         return
 
     began = perf_counter()
-    jobs = [(section.name, label(config)) for section in plan for config in section.configs]
 
     def say(section: Section, name: str, text: str) -> None:
         print(f"{perf_counter() - began:5.0f} s  {section.name}  {text}  {name}", flush=True)
@@ -393,7 +400,8 @@ def main() -> None:
         command = [sys.executable, "-m", "benchmarks.tune.attention", *["--smoke"] * arguments.smoke]
         command += ["--only", *arguments.only] if arguments.only else []
         warm = [] if DEVICE.type == "cpu" else range(len(warmed(plan)))
-        processes = [subprocess.Popen([*command, "--warm-peer", str(i)]) for i in warm]
+        one = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        processes = [subprocess.Popen([*command, "--warm-peer", str(i)], env=one) for i in warm]
         count = max(1, arguments.workers - len(processes))
         processes += [subprocess.Popen([*command, "--work", folder, str(i), str(count)]) for i in range(count)]
         for process in processes:
@@ -402,27 +410,40 @@ def main() -> None:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        found = {n: json.loads((Path(folder) / f"{n}.json").read_text()) for n in range(len(jobs))
-                 if (Path(folder) / f"{n}.json").exists()}  # fmt: skip
-    print(f"{perf_counter() - began:5.0f} s  {len(found)} of {len(jobs)} compiled and checked", flush=True)
+        found: dict[str, dict[str, dict]] = {section.name: {} for section in plan}
+        for n, (section, config) in enumerate(jobs(plan)):
+            if (result := Path(folder) / f"{n}.json").exists():
+                found[section.name][label(config)] = json.loads(result.read_text())
+    done, all_of_them = sum(map(len, found.values())), sum(len(s.configs) for s in plan)
+    print(f"{perf_counter() - began:5.0f} s  {done} of {all_of_them} compiled and checked", flush=True)
 
     output = Path(os.environ.get("CAPI_BENCH_OUT", ".")) / "attention_tune.json"
     device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu"
     results = {"device": device, "torch": torch.__version__, "sections": {}}
     for section in plan:
-        known = {name: found[n] for n, (where, name) in enumerate(jobs) if where == section.name and n in found}
-        results["sections"][section.name] = [] if late() else time_section(section, known, say, late)
+        rows = results["sections"][section.name] = []
+        try:
+            for row in time_section(section, found[section.name], say) if not late() else ():
+                rows.append(row)
+                if late():
+                    say(section, "", "out of time")
+                    break
+        except Exception as error:
+            say(section, "", "failed: " + first_line(error))
         output.write_text(json.dumps(results, indent=1))
         if DEVICE.type == "cuda":
             torch.cuda.empty_cache()
     for section in plan:
         if late() or DEVICE.type == "cpu":
             continue
-        cases = [Case(section.shape, seed) for seed in range(2)]
-        for name, measure in baselines(section, cases, compiled=True):
-            results["sections"][section.name].append(attempt(section, name, measure, {}, say))
+        try:
+            cases = [Case(section.shape, seed) for seed in range(2)]
+            for name, measure in baselines(section, cases, compiled=True):
+                results["sections"][section.name].append(attempt(section, name, measure, {}, say))
+        except Exception as error:
+            say(section, "", "failed: " + first_line(error))
         output.write_text(json.dumps(results, indent=1))
-        del cases
+        cases = None
         torch.cuda.empty_cache()
 
 
