@@ -31,8 +31,9 @@ MODULES = (
     "sinkhorn_triton",
     "clustering_triton",
     "student_loss_triton",
-    "visible_attention_triton",
-    "masked_cross_attention_triton",
+    "_short_forward_triton",
+    "_short_backward_triton",
+    "_attention_triton",
     "cross_attention_weights_triton",
     "_tiled_attention_triton",
 )

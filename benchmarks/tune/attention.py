@@ -16,7 +16,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import product
 from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
@@ -27,8 +26,11 @@ from torch import Tensor
 from benchmarks import peers
 from benchmarks.timing import Contestant, first_line, stopwatch
 from capi_kernels import masked_cross_attention_triton, reference, visible_attention_triton
-from capi_kernels._attention_triton import Operands, operands
-from capi_kernels._packed_attention_triton import PackedConfig, pack_tables, packed_backward, packed_forward
+from capi_kernels._attention_triton import Config, Operands, operands
+from capi_kernels._packed_rotary_triton import pack_tables
+from capi_kernels._short_backward_triton import short_backward
+from capi_kernels._short_forward_triton import short_forward
+from capi_kernels._tiled_attention_triton import tiled_forward
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
@@ -47,7 +49,7 @@ class Shape(NamedTuple):
 class Section(NamedTuple):
     shape: Shape
     direction: str
-    configs: list[PackedConfig]
+    configs: list[Config]
 
     @property
     def name(self) -> str:
@@ -57,64 +59,20 @@ class Section(NamedTuple):
 
 def sections(smoke: bool = False, only: list[str] | None = None) -> list[Section]:
     """The most valuable first; those of these names."""
-    C = PackedConfig
-    few = partial(C, 16, keys_first=True)
-    visible_forward = [C(64, 128, 4, unrolled=0, heads=h, max_registers=128) for h in (1, 2, 4, 8)]
-    visible_forward += [C(64, 128, 4, unrolled=0), C(64, 128, 4, unrolled=2), C(64, 128, 4, unrolled=2, join=False)]
-    visible_forward += [C(64, 128, 4, unrolled=0, inner=2, max_registers=r) for r in (None, 128)]
-    visible_forward += [C(128, 128, 8, heads=h) for h in (1, 2, 4)] + [
-        C(128, 128, 8, heads=4, stages=2),
-        C(128, 128, 8, join=False),
+    C = Config
+    visible_forward = [C(64, 128, 4, r) for r in (128, None, 168)] + [
+        C(128, 128, 8),
+        C(64, 128, 8),
+        C(64, 64, 4, tail=64),
     ]
-    visible_forward += [
-        C(128, 128, 8, heads=h, stages=s, keep=True, join=j)
-        for h, s, j in ((4, 2, True), (4, 3, True), (4, 3, False), (8, 3, True), (16, 3, True))
-    ]
-    visible_forward += [C(64, 128, 4, unrolled=2, heads=2, stages=2), C(64, 64, 4, stages=3, by="tiles")]
-
-    visible_backward = [C(128, 128, 8, heads=h, lean=True, by="whole") for h in (1, 4)]
-    visible_backward += [C(128, 128, 8, heads=h, stages=2, lean=True, by="whole") for h in (2, 4, 8)]
-    visible_backward += [C(128, 128, 8, keep=True, lean=True, by="whole"), C(128, 128, 8, by="whole")]
-    by_keys = partial(C, 128, unrolled=0, lean=True, by="keys")
-    visible_backward += [by_keys(32, 8, channels_first=c, max_registers=128) for c in (True, False)]
-    visible_backward += [by_keys(64, 8, channels_first=c) for c in (True, False)]
-    visible_backward += [by_keys(128, 8)]
-    visible_backward += [by_keys(32, 4), by_keys(32, 4, channels_first=True)]
-    visible_backward += [C(128, 128, 8), C(128, 128, 8, join=False, heads=4)]
-    visible_backward += [C(32, 128, 8, unrolled=0, keys_first=True, read_o=o) for o in (True, False)]
-
-    teacher = [C(64, 64, 4, stages=s, by="tiles") for s in (3, 2)] + [C(128, 64, 8, stages=3, by="tiles")]
-    teacher += [C(64, 128, 4, unrolled=0, second=128, tail=16, inner=i) for i in (1, 2)]
-    teacher += [C(64, 256, 4, unrolled=0, tail=16, inner=i) for i in (1, 2)]
-    teacher += [C(128, 128, 8, unrolled=0, second=128, tail=16), C(128, 256, 8, unrolled=0, tail=16)]
-    teacher += [C(128, 64, 4, stages=3, by="tiles")]
-
-    few_forward = [few(128, w, heads=h) for w, h in product((4, 8), (1, 4))]
-    few_forward += [few(128, w, heads=h, stages=2) for w, h in ((8, 4), (8, 8), (4, 4), (4, 2))]
-    few_forward += [few(128, 4, heads=4, stages=2, max_registers=128), few(128, 4, join=False)]
-    few_forward += [few(128, w, heads=4, stages=s, keep=True) for w, s in ((4, 2), (8, 2), (8, 3))]
-    few_forward += [C(64, 128, 4, unrolled=0, max_registers=128)]
-
-    few_backward = [few(64, 4, unrolled=0, by="keys", max_registers=r) for r in (128, None)]
-    few_backward += [few(64, 4, unrolled=0, by="keys", heads=4), few(64, 4, unrolled=0, by="keys", inner=2)]
-    few_backward += [few(64, 4, unrolled=0, by="keys", heads=4, inner=2)]
-    few_backward += [few(128, 8, unrolled=0, by="keys", max_registers=r) for r in (128, None)]
-    few_backward += [few(128, 8, unrolled=0, lean=True, max_registers=128), few(128, 8), few(128, 8, join=False)]
-    few_backward += [few(128, 8, heads=4, stages=2), few(128, 4, join=False)]
-
-    many_forward = [C(64, 128, 4, unrolled=0, inner=i, max_registers=r) for i, r in product((1, 2), (128, None))]
-    many_forward += [C(64, 128, 4, unrolled=3), C(128, 128, 8, unrolled=0), C(128, 128, 8, unrolled=0, inner=2)]
-    many_forward += [C(64, 64, 4, stages=3, by="tiles")]
-    many_backward = [C(128, 128, 8, unrolled=0)]
-    many_backward += [
-        C(q, 128, 8, unrolled=0, keys_first=True, read_o=o, inner=i)
-        for q, o, i in ((64, True, 1), (64, False, 1), (32, True, 1), (32, False, 1), (32, True, 2))
-    ]
-    many_backward += [C(16, 128, 8, unrolled=0, keys_first=True, lean=True, max_registers=128)]
-    many_backward += [C(32, 128, 4, unrolled=0, keys_first=True, read_o=True)]
-
-    long = [C(128, 64, 8, stages=s, by="tiles") for s in (2, 3)] + [C(64, 64, 4, stages=3, by="tiles")]
-    long += [C(128, 64, 4, stages=3, by="tiles"), C(128, 128, 8, stages=2, by="tiles")]
+    visible_backward = [C(128, 128, 8, heads=h, num_stages=s) for h, s in ((4, 2), (2, 2), (4, 1), (1, 1))]
+    visible_backward += [C(64, 128, 8), C(64, 128, 4)]
+    teacher = [C(64, 256, 4, tail=16), C(64, 256, 8, tail=16), C(128, 256, 8, tail=16), C(64, 256, 4, tail=64)]
+    few_forward = [C(16, 128, 8, keys_first=True), C(16, 128, 8, 64, keys_first=True), C(64, 128, 4, 128)]
+    few_backward = [C(16, 128, 8, 128, keys_first=True), C(16, 128, 8, keys_first=True)]
+    many_forward = [C(64, 128, 4, r) for r in (128, None, 168)] + [C(128, 128, 8)]
+    many_backward = [C(128, 128, 8), C(64, 128, 8), C(64, 128, 4)]
+    long = [C(128, 64, 8, num_stages=s) for s in (2, 3)] + [C(64, 64, 4, num_stages=3), C(128, 128, 8, num_stages=2)]
     tables = [
         (Shape(512, None, 106), "forward", visible_forward),
         (Shape(512, None, 106), "backward", visible_backward),
@@ -131,9 +89,9 @@ def sections(smoke: bool = False, only: list[str] | None = None) -> list[Section
     return [section for section in plan if not only or section.name in only]
 
 
-def label(config: PackedConfig) -> str:
+def label(config: Config) -> str:
     """What differs from the defaults."""
-    defaults = PackedConfig._field_defaults
+    defaults = Config._field_defaults
     fields = config._asdict().items()
     return " ".join(f"{k}={v}" for k, v in fields if k not in defaults or v != defaults[k])
 
@@ -164,9 +122,8 @@ class Case:
         if self.own:
             self.tables[2:] = self.tables[:2]
         self.lengths = [self.layout.cu_seqlens(n) for n in (queries, keys)]
-        self.packed = [pack_tables(*self.tables[:2]), pack_tables(*self.tables[2:])]
         if self.own:
-            self.packed[1] = self.packed[0]
+            self.lengths[1] = self.lengths[0]
         self.most = (queries, keys)
         self.scale = head_dim**-0.5
 
@@ -191,17 +148,18 @@ class Case:
         dq, dkv = masked_cross_attention_triton.masked_cross_attention_backward(self.do, out, stats, *self.qkv, *where)
         return dq, *dkv.unbind(1)
 
-    def forward(self, config: PackedConfig) -> tuple[Tensor, Tensor]:
-        return packed_forward(self.x, *self.packed, config, self_attention=self.own)
+    def forward(self, config: Config) -> tuple[Tensor, Tensor]:
+        forward = tiled_forward if self.most[1] > 320 else short_forward
+        return forward(self.x, config)
 
-    def backward(self, config: PackedConfig, out: Tensor, stats: Tensor) -> tuple[Tensor, ...]:
+    def backward(self, config: Config, stats: Tensor) -> tuple[Tensor, ...]:
         q, k, _ = self.qkv
         if self.own:
             gradients = torch.empty((len(q), 3, *q.shape[1:]), dtype=q.dtype, device=q.device).unbind(1)
         else:
             dkv = torch.empty((len(k), 2, *k.shape[1:]), dtype=k.dtype, device=k.device)
             gradients = (torch.empty(q.shape, dtype=q.dtype, device=q.device), *dkv.unbind(1))
-        packed_backward(self.x, *self.packed, self.do, out, stats, *gradients, config)
+        short_backward(self.x, self.do, stats, *gradients, config)
         return gradients
 
     @property
@@ -226,18 +184,18 @@ def over_budget(actual: Tensor, same_dtype: Tensor, oracle: Tensor) -> float:
     return float(error / (2 * (same_dtype.double() - oracle).abs().max() + rounding))
 
 
-def check(section: Section, config: PackedConfig, case: Case, versions: list[list[Tensor]]) -> str:
+def check(section: Section, config: Config, case: Case, versions: list[list[Tensor]]) -> str:
     """Errors over their budget, "0.20/0.16/0.20"."""
     if section.direction == "forward":
         actual, first = [case.forward(config)[0]], 0
     else:
-        actual, first = case.backward(config, *case.ours()), 1
+        actual, first = case.backward(config, case.ours()[1]), 1
     heads = slice(case.checked_heads)
     errors = [over_budget(x[:, heads], *(v[first + i] for v in versions)) for i, x in enumerate(actual)]
     return "/".join(f"{error:.2f}" for error in errors)
 
 
-def jobs(plan: list[Section]) -> list[tuple[Section, PackedConfig | None]]:
+def jobs(plan: list[Section]) -> list[tuple[Section, Config | None]]:
     """What to compile: today's kernels, then every configuration."""
     return [(s, None) for s in plan] + [(s, config) for s in plan for config in s.configs]
 
@@ -335,8 +293,8 @@ def time_section(section: Section, found: dict[str, dict], say: Callable) -> Ite
     backward = section.direction == "backward"
     expected = cases[0].ours_backward(*saved[0]) if backward else [saved[0][0]]
 
-    def run(config: PackedConfig, i: int) -> object:
-        return cases[i].backward(config, *saved[i]) if backward else cases[i].forward(config)
+    def run(config: Config, i: int) -> object:
+        return cases[i].backward(config, saved[i][1]) if backward else cases[i].forward(config)
 
     for name, measure in baselines(section, cases, compiled=False):
         yield attempt(section, name, measure, {}, say)
