@@ -182,7 +182,8 @@ def short_forward_config(
     if max_seqlen_k <= 192:
         return Config(64, 128, 4, tail=64)
     # The 256 patches of a whole image, then with its class token and registers.
-    return Config(64, 256, 4, tail=next(n for n in (0, 16, 64) if max_seqlen_k <= 256 + n))
+    tail = next(n for n in (0, 16, 64) if max_seqlen_k <= 256 + n)
+    return Config(64, 256, 8 if tail == 64 and capability >= 100 else 4, tail=tail)
 
 
 def short_forward(x: Operands, config: Config) -> tuple[Tensor, Tensor]:
