@@ -7,6 +7,8 @@ contexts; in self-attention both are the images. Never written to memory: S, P, 
 """
 
 from collections.abc import Callable
+from functools import partial
+from itertools import product
 from typing import NamedTuple, no_type_check
 
 import torch
@@ -15,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from capi_kernels._capability import TARGETS, attends_as
+from capi_kernels._packed_rotary_triton import pack_tables
 from capi_kernels._rotary_triton import load_channels, load_rotated, padded, store_channels, store_unrotated
 
 LOG2_E = 1.4426950408889634
@@ -26,19 +29,38 @@ INDEX_BLOCK = tl.constexpr(1024)
 
 
 class Config(NamedTuple):
-    """Tile sizes, and how a kernel is compiled."""
+    """Tile sizes, and how a kernel is compiled.
+
+    tail: a second tile of keys. heads: that share a program. keys_first: scores are [keys, queries].
+    """
 
     block_q: int
     block_k: int
     num_warps: int
     max_registers: int | None = None
     num_stages: int = 1
+    tail: int = 0
+    heads: int = 1
+    keys_first: bool = False
 
     @property
     def options(self) -> dict:
         # Fused multiply-adds are wanted: every product here is summed in float32 right away.
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
         return options if self.max_registers is None else {**options, "maxnreg": self.max_registers}
+
+    def constants(self, kernel: Callable) -> dict:
+        """Those of the kernel's parameters that the configuration gives."""
+        values = {
+            "BLOCK_Q": self.block_q,
+            "BLOCK_K": self.block_k,
+            "BLOCK_TOKENS": self.block_q,
+            "TAIL": self.tail,
+            "HEADS": self.heads,
+            "STAGES": self.num_stages,
+            "KEYS_FIRST": self.keys_first,
+        }
+        return {name: values[name] for name in kernel.arg_names if name in values}
 
 
 class Operands(NamedTuple):
@@ -73,6 +95,16 @@ class Operands(NamedTuple):
     @property
     def head_dim(self) -> int:
         return self.q.shape[2]
+
+    @property
+    def own(self) -> bool:
+        """Whether queries lie where keys do, with the same tables."""
+        same = self.q_cos is self.k_cos and self.q_sin is self.k_sin
+        return same and self.cu_seqlens_q is self.cu_seqlens_k and self.kv_index is None
+
+    def packed_tables(self) -> dict[str, Tensor | None]:
+        q_table = pack_tables(self.q_cos, self.q_sin)
+        return {"q_table": q_table, "k_table": q_table if self.own else pack_tables(self.k_cos, self.k_sin)}
 
     def arguments(self, kernel: Callable, **tensors: Tensor | None) -> dict:
         """The operands, these tensors and the strides of both, as far as the kernel has parameters of their names."""
@@ -131,13 +163,13 @@ def operands(
 
 
 def compile_case(
-    kernel: Callable, dtype: torch.dtype, head_dim: int, config: Config, indexed: bool = False
+    kernel: Callable, dtype: torch.dtype, head_dim: int, config: Config, indexed: bool = False, **more: object
 ) -> tuple[str, Callable, dict, dict]:
     """One entry of COMPILE_CASES: the types that `Operands.arguments` gives, of packed 16-byte aligned projections."""
-    name = f"{TYPES[dtype]} head_dim={head_dim} {config.block_q} x {config.block_k}" + indexed * " kv_index"
+    keys = "+".join(str(n) for n in (config.block_k, config.tail) if n)
+    name = f"{TYPES[dtype]} head_dim={head_dim} {config.block_q} x {keys}" + indexed * " kv_index"
     constants = {} if indexed else {"kv_index_ptr": None}
-    constants |= {"BLOCK_Q": config.block_q, "BLOCK_K": config.block_k, "BLOCK_TOKENS": config.block_q}
-    constants |= channel_blocks(head_dim)
+    constants |= config.constants(kernel) | channel_blocks(head_dim) | more
     arguments = {}
     for parameter in kernel.arg_names:
         if parameter in constants:
@@ -145,7 +177,7 @@ def compile_case(
         elif parameter.endswith("_ptr"):
             stem = parameter.removesuffix("_ptr")
             table = stem.endswith(("cos", "sin")) or stem in ("stats", "delta")
-            index = stem.startswith("cu_seqlens") or stem == "kv_index"
+            index = stem.startswith("cu_seqlens") or stem == "kv_index" or stem.endswith("table")
             arguments[parameter] = "*fp32" if table else "*i32" if index else f"*{TYPES[dtype]}"
         elif parameter.startswith("scale"):
             arguments[parameter] = "fp32"
@@ -160,11 +192,12 @@ def compile_cases(
     head_dim: int,
     config_of: Callable[[int], Config | None],
     indexed: bool = False,
+    **more: object,
 ) -> list[tuple]:
     """One entry for each configuration that some capabilities have, with the capabilities that it is launched on."""
     configs = {target: config_of(attends_as(target)) for target in TARGETS}
     return [
-        (*compile_case(kernel, dtype, head_dim, config, indexed), [x for x in configs if configs[x] == config])
+        (*compile_case(kernel, dtype, head_dim, config, indexed, **more), [x for x in configs if configs[x] == config])
         for config in dict.fromkeys(configs.values())
         if config is not None
     ]
@@ -374,9 +407,7 @@ def resident_backward_kernel(
     store_channels(dv_ptr + head * dv_stride_head, dv, k_start, mask_k, dv_stride_token, 0, HEAD_DIM, BLOCK_D)
 
 
-def backward_config(
-    dtype: torch.dtype, head_dim: int, max_seqlen_k: int, has_index: bool, capability: int
-) -> Config | None:
+def resident_backward_config(dtype: torch.dtype, head_dim: int, max_seqlen_k: int, capability: int) -> Config | None:
     """None where the keys do not fit: too many, heads too wide, or float32, whose products take no matrix unit."""
     wide = head_dim > 64
     if dtype == torch.float32 or max_seqlen_k > RESIDENT_KEYS:
@@ -385,8 +416,7 @@ def backward_config(
         return None
     if max_seqlen_k <= 64:
         return Config(16, 64, 8 if wide else 4)
-    # 128 registers let two programs share a processor: one loads while the other computes.
-    return Config(16, 128, 8, max_registers=None if wide or has_index or capability < 90 else 128)
+    return Config(16, 128, 8)
 
 
 def resident_backward(
@@ -395,7 +425,19 @@ def resident_backward(
     """Write dq, dk and dv, whatever their strides."""
     resident_backward_kernel[(x.contexts * x.heads,)](
         **x.arguments(resident_backward_kernel, do=do, stats=stats, dq=dq, dk=dk, dv=dv),
-        BLOCK_Q=config.block_q,
-        BLOCK_K=config.block_k,
+        **config.constants(resident_backward_kernel),
         **config.options,
     )
+
+
+def _compile_cases() -> list:
+    cases = []
+    for dtype, head_dim, keys, indexed in product((torch.bfloat16, torch.float16), HEAD_DIMS, (64, 128), (False, True)):
+        if not indexed and head_dim <= 64:
+            continue  # `_short_backward_triton`
+        config_of = partial(resident_backward_config, dtype, head_dim, keys)
+        cases += compile_cases(resident_backward_kernel, dtype, head_dim, config_of, indexed)
+    return cases
+
+
+COMPILE_CASES = _compile_cases()

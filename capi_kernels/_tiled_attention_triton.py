@@ -32,6 +32,7 @@ from capi_kernels._attention_triton import (
     store_stats,
 )
 from capi_kernels._capability import attends_as, capability
+from capi_kernels._packed_rotary_triton import pinned, together
 from capi_kernels._rotary_triton import (
     ROTATE_TOKENS,
     load_channels,
@@ -73,9 +74,12 @@ def tiled_forward_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """One program per (group, head, tile of queries); q is rotated here, k was before."""
     HALF: tl.constexpr = (HEAD_DIM + 1) // 2
+    # One product over all channels, not one for each half, where both halves together have no padding within.
+    WHOLE: tl.constexpr = HEAD_DIM == 2 * BLOCK_HALF and q_ptr.dtype.element_ty != tl.float32
     head = (tl.program_id(0) // tiles % heads).to(tl.int64)
     group = tl.program_id(0) // tiles // heads
     q_end = tl.load(cu_seqlens_q_ptr + group + 1)
@@ -91,20 +95,29 @@ def tiled_forward_kernel(
     q1, q2 = load_rotated(
         q_ptr + head * q_stride_head, q_cos_ptr, q_sin_ptr, tile, mask_q, q_stride_token, HEAD_DIM, BLOCK_HALF
     )
+    if WHOLE:
+        q = pinned(together(q1, q2))
     m = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_Q], tl.float32)  # noqa: E741
     o = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-    for key in range(k_start, k_end, BLOCK_K):
+    for key in tl.range(k_start, k_end, BLOCK_K, num_stages=STAGES):
         mask_k = tl.arange(0, BLOCK_K) < k_end - key
-        k1 = load_channels(k_ptr, key, mask_k, k_stride_token, 0, HALF, BLOCK_HALF)
-        k2 = load_channels(k_ptr, key, mask_k, k_stride_token, HALF, HEAD_DIM - HALF, BLOCK_HALF)
         v = load_channels(v_ptr, key, mask_k, v_stride_token, 0, HEAD_DIM, BLOCK_D)
-        s = tl.dot(q1, tl.trans(k1), input_precision="ieee")
-        s = tl.dot(q2, tl.trans(k2), s, input_precision="ieee")  # [BLOCK_Q, BLOCK_K]
         # Padded keys score -inf; zero would still receive weight.
-        s = tl.where(mask_k[None, :], s, float("-inf"))
-        new_m = tl.maximum(m, tl.max(s, 1))
-        p = tl.exp2((s - new_m[:, None]) * scale_log2)
+        if WHOLE:
+            k = load_channels(k_ptr, key, mask_k, k_stride_token, 0, HEAD_DIM, HEAD_DIM)
+            s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_Q, BLOCK_K]
+            s = tl.where(mask_k[None, :], s, float("-inf"))
+            new_m = tl.maximum(m, tl.max(s, 1))
+            p = tl.exp2(s * scale_log2 - (new_m * scale_log2)[:, None])
+        else:
+            k1 = load_channels(k_ptr, key, mask_k, k_stride_token, 0, HALF, BLOCK_HALF)
+            k2 = load_channels(k_ptr, key, mask_k, k_stride_token, HALF, HEAD_DIM - HALF, BLOCK_HALF)
+            s = tl.dot(q1, tl.trans(k1), input_precision="ieee")
+            s = tl.dot(q2, tl.trans(k2), s, input_precision="ieee")
+            s = tl.where(mask_k[None, :], s, float("-inf"))
+            new_m = tl.maximum(m, tl.max(s, 1))
+            p = tl.exp2((s - new_m[:, None]) * scale_log2)
         rescale = tl.exp2((m - new_m) * scale_log2)
         l = l * rescale + tl.sum(p, 1)  # noqa: E741
         o = tl.dot(p.to(v.dtype), v, o * rescale[:, None], input_precision="ieee")
@@ -307,9 +320,10 @@ def forward_config(dtype: torch.dtype, head_dim: int, max_seqlen_q: int) -> Conf
         return Config(32, 32, 8 if wide else 4)
     if max_seqlen_q <= 16:
         return Config(16, 64, 4, num_stages=2)
+    stages = 2 if wide else 3
     if max_seqlen_q <= 320:  # 272 tokens fill 5 tiles of 64, or 3 of 128.
-        return Config(64, 64, 4, num_stages=2)
-    return Config(128, 64, 8, num_stages=2)
+        return Config(64, 64, 4, num_stages=stages)
+    return Config(128, 64, 8, num_stages=stages)
 
 
 def dq_config(dtype: torch.dtype, head_dim: int, capability: int) -> Config:
@@ -333,16 +347,16 @@ def dkdv_config(dtype: torch.dtype, head_dim: int, capability: int) -> Config:
     return Config(32, 64, 8, max_registers=255 if capability >= 100 else None, num_stages=2)
 
 
-def tiled_forward(x: Operands) -> tuple[Tensor, Tensor]:
+def tiled_forward(x: Operands, config: Config | None = None) -> tuple[Tensor, Tensor]:
+    """o [queries, heads, head_dim] and, [2, heads, queries] in float32, m and 1 / l."""
     out, stats = new_output(x)
-    config = forward_config(x.q.dtype, x.head_dim, x.max_seqlen_q)
+    config = config or forward_config(x.q.dtype, x.head_dim, x.max_seqlen_q)
     x = x._replace(k=rotated(x.k, x.k_cos, x.k_sin))
     tiles = triton.cdiv(x.max_seqlen_q, config.block_q)
     tiled_forward_kernel[(tiles * x.heads * x.groups,)](
         **x.arguments(tiled_forward_kernel, out=out, stats=stats),
         tiles=tiles,
-        BLOCK_Q=config.block_q,
-        BLOCK_K=config.block_k,
+        **config.constants(tiled_forward_kernel),
         **config.options,
     )
     return out, stats
@@ -358,16 +372,14 @@ def tiled_backward(x: Operands, do: Tensor, out: Tensor, stats: Tensor, dq: Tens
     tiled_dq_kernel[(tiles * x.heads * x.groups,)](
         **x.arguments(tiled_dq_kernel, do=do, out=out, stats=stats, delta=delta, dq=dq),
         tiles=tiles,
-        BLOCK_Q=for_dq.block_q,
-        BLOCK_K=for_dq.block_k,
+        **for_dq.constants(tiled_dq_kernel),
         **for_dq.options,
     )
     tiles = triton.cdiv(x.max_seqlen_k, for_dkdv.block_k)
     tiled_dkdv_kernel[(tiles * x.heads * x.contexts,)](
         **x.arguments(tiled_dkdv_kernel, do=do, stats=stats, delta=delta, dk=dk, dv=dv),
         tiles=tiles,
-        BLOCK_Q=for_dkdv.block_q,
-        BLOCK_K=for_dkdv.block_k,
+        **for_dkdv.constants(tiled_dkdv_kernel),
         **for_dkdv.options,
     )
 

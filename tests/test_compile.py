@@ -32,7 +32,8 @@ def test_no_default_configuration_spills() -> None:
     compiled = {(kernel.strip(), name.split()[0].rstrip(",")) for _, kernel, name, *_ in (x.split("|") for x in lines)}
     half, every = ("bf16", "fp16"), ("bf16", "fp16", "fp32")
     for types, kernels in (
-        (half, ("resident_forward_kernel", "keys_first_forward_kernel", "resident_backward_kernel")),
+        (half, ("short_forward_kernel", "few_forward_kernel", "pack_kernel")),
+        (half, ("one_tile_backward_kernel", "by_queries_backward_kernel", "resident_backward_kernel")),
         (every, ("rotate_kernel", "tiled_forward_kernel", "tiled_dq_kernel", "tiled_dkdv_kernel")),
         (every, ("column_step_kernel", "row_step_kernel", "head_rows_kernel", "student_rows_kernel")),
     ):

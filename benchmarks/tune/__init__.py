@@ -1,0 +1,1 @@
+"""Sweeps over configurations, run by hand on a GPU; what they choose is committed."""
