@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from capi_kernels.clustering_triton import soft_cross_entropy
+from capi_kernels.clustering_triton import minus_gradient, soft_cross_entropy
 from capi_kernels.reference import Potentials
 from capi_kernels.sinkhorn_triton import (
     TYPES,
@@ -66,7 +66,8 @@ def student_rows_kernel(
     logits = load_row(logits_ptr, prototypes, logits_stride_prototype, EVEN, BLOCK_PROTOTYPES)
     if rows_ptr is None:
         targets_ptrs = targets_ptr + index * targets_stride_image + offs.to(tl.int64) * targets_stride_prototype
-        targets = tl.load(targets_ptrs, mask=mask, other=0.0).to(tl.float32)
+        M = tl.load(targets_ptrs, mask=mask, other=0.0).to(tl.float32)
+        row = 1.0
     else:
         chosen = tl.load(rows_ptr + index).to(tl.int64)
         position = chosen % positions
@@ -80,8 +81,9 @@ def student_rows_kernel(
         M = row_exponentials(
             teacher, column_max_ptr, column_ptr, offs_position, prototypes, target_log2_scale, EVEN, BLOCK_PROTOTYPES
         )
-        targets = M * tl.load(row_ptr + position * images + image)
-    loss, minus_dz = soft_cross_entropy(logits, targets, log2_scale, temperature, mask)
+        row = tl.load(row_ptr + position * images + image)
+    loss, maximum, log2_normaliser, total = soft_cross_entropy(logits, M, row, log2_scale, temperature, mask)
+    minus_dz = minus_gradient(logits, M, row, maximum, log2_normaliser, total, log2_scale)
     tl.store(loss_ptr + index, loss)
     tl.store(minus_dz_ptr + index * prototypes + offs, minus_dz.to(minus_dz_ptr.dtype.element_ty), mask=mask)
 
