@@ -28,6 +28,7 @@ from capi_kernels.sinkhorn_triton import (
     TYPES,
     balance,
     balance_rows,
+    by_config,
     check_supported,
     compile_case,
     load_row,
@@ -44,18 +45,20 @@ MOST_GATHERING = 1024  # Programs, of which each takes several of the chosen row
 LOGITS_BYTES = 1 << 30  # Enough positions at a time for full matrix products, few enough to matter little.
 
 
-def head_rows_config(prototypes: int, itemsize: int, capability: int) -> dict[str, int | bool]:
+def head_rows_config(prototypes: int, dtype: torch.dtype, capability: int) -> dict[str, int | bool]:
     """The next row is loaded ahead, and the bias's gradient added up, where the registers have room for it."""
     config = rows_config(prototypes)
-    ahead = config["EVEN"] and itemsize == 2
+    ahead = config["EVEN"] and dtype.itemsize == 2
     small = config["num_warps"] < 16  # Fewer than fill the register file.
     bias = small or (ahead and capability == 90)
     late = bias or capability >= 120
-    config |= {"ROWS": 32, "AHEAD": (3 if late else 1) if ahead else 0, "BIAS": bias}
+    if bias and not small and dtype == torch.float16:
+        ahead = False  # Whose conversions take the registers that the next row would.
+    config |= {"ROWS": 32, "AHEAD": (3 if late else 2) if ahead else 0, "BIAS": bias}
     if config["num_warps"] == 4:
         config["maxnreg"] = 255  # Some assemblers would set a lower limit of their own, and spill.
     # 12.x would spill with the 64 registers a thread that 32 warps leave.
-    if not ahead and not small and capability < 120:
+    if not ahead and not bias and capability < 120:
         config["num_warps"] = 32
     return config
 
@@ -154,7 +157,7 @@ def head_rows_kernel(
         tl.store(row_ptr + index, row)
         tl.store(loss_ptr + index, loss)
         tl.store(row_logits_ptr + offs, minus_dlogits, mask=mask)
-        if BIAS:
+        if BIAS:  # Of what the weight's gradient is made of; what rounding takes from it would take registers to keep.
             bias_sum += minus_dlogits.to(tl.float32)
     if BIAS:
         offs_part = tl.program_id(0).to(tl.int64) * prototypes + offs
@@ -223,7 +226,7 @@ def head_rows(
     positions, images, prototypes = logits.shape
     rows = positions * images
     assert logits.is_contiguous()
-    config = head_rows_config(prototypes, logits.itemsize, capability(logits.device))
+    config = head_rows_config(prototypes, logits.dtype, capability(logits.device))
     programs = triton.cdiv(rows, config["ROWS"])
     shape = 1, programs if config["BIAS"] else 0, prototypes
     bias_parts = torch.empty(shape, dtype=torch.float32, device=logits.device)
@@ -380,18 +383,19 @@ def clustering_head(
     return loss.mean(), targets, potentials, dweight.mul_(factor), dbias.sum(0).mul_(factor)
 
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
 def _compile_cases() -> list[tuple]:
     types = TYPES | {f"{name}_ptr": "*fp32" for name in ("loss", "targets", "bias_parts")}
     types |= {"keys_ptr": "*i64", "chosen_ptr": "*i64", "bounds_ptr": "*i64", "part": "i32?"}
     types |= {"rows": "i32", "target_log2_scale": "fp32", "prediction_log2_scale": "fp32"}
     types |= {"prediction_temperature": "fp32", "first_row": "i32?"}
     cases = []
-    for dtype, prototypes in product(("bf16", "fp16", "fp32"), (16384, 16000, 4096, 1000)):
-        configs = {target: head_rows_config(prototypes, 4 if dtype == "fp32" else 2, target) for target in TARGETS}
+    for dtype, prototypes in product(DTYPES, (16384, 16000, 4096, 1000)):
+        configs = {target: head_rows_config(prototypes, DTYPES[dtype], target) for target in TARGETS}
         name, logits = f"{dtype}, {prototypes} prototypes", {"logits_ptr": f"*{dtype}"}
-        distinct = (configs[90], configs[120]) if configs[90] != configs[120] else (configs[90],)
-        for config in distinct:
-            targets = tuple(target for target in configs if configs[target] == config)
+        for config, targets in by_config(configs):
             cases.append(compile_case(name, head_rows_kernel, types | logits, config, targets))
         cases.append(compile_case(name, chosen_targets_kernel, types | logits, rows_config(prototypes)))
     return cases

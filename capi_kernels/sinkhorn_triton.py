@@ -29,6 +29,7 @@ MOST_IMAGES_IN_BLOCK = 512
 MOST_PROTOTYPES = 1 << 20  # A row is one block, and Triton's blocks end here.
 CHUNKS_IN_FLIGHT = 4  # Of the positions: while one is all-reduced the next is computed.
 RESCALE_EVERY = 4  # Iterations; each can move a factor of prototypes / images from the rows to the columns.
+MOST_ROW_PROGRAMS = 512  # Where a program may take more rows for fewer.
 MOST_FOLDED_PARTS = 8  # Whose reading by every program of a position costs less than a kernel that adds them up.
 ROW_LIMIT = torch.finfo(torch.float32).max ** 0.8
 
@@ -37,30 +38,38 @@ FIRST_COLUMN = tl.constexpr(math.exp(SHIFT))
 COMPILER = {"enable_fp_fusion": True}  # Every product here is summed in float32 right away.
 
 
-def columns_config(images: int, prototypes: int, itemsize: int, capability: int) -> dict[str, int | bool]:
-    """64 elements a thread of 16-bit logits (two programs of 8 warps fit in a multiprocessor), 32 of 32-bit ones."""
+def columns_config(
+    images: int, prototypes: int, itemsize: int, capability: int, first: bool = False, row_sums: bool = True
+) -> dict[str, int | bool]:
+    """64 elements a thread of 16-bit logits, 32 of 32-bit ones; a multiprocessor holds 16 warps.
+
+    Column sums cross warps / images times the block in shared memory: few images take few warps, at most 128 prototypes
+    wide. Only images by the hundreds take more than 16 KiB a block, so that what is read at once stays 64 bytes wide.
+    """
     block_images = next_power_of_2(images)
-    block_prototypes = min(next_power_of_2(prototypes), max(32, min(256, 16384 // block_images)))
-    tiles = min(4, triton.cdiv(prototypes, block_prototypes))
+    block_prototypes = min(next_power_of_2(prototypes), max(32, min(128, 16384 // (block_images * itemsize))))
+    large = block_images * block_prototypes >= 16384
+    # More tiles spare parts of the row sums, fewer the wait for the last program.
+    tiles = min(4 if large else 8, triton.cdiv(prototypes, block_prototypes))
     even = images == block_images and prototypes % (tiles * block_prototypes) == 0
     warps = max(1, block_images * block_prototypes * itemsize // 4096)
     config = {"BLOCK_IMAGES": block_images, "BLOCK_PROTOTYPES": block_prototypes, "TILES": tiles, "EVEN": even}
     # Few parts are added up by every program of the next kernel, without one in between.
     parts = triton.cdiv(prototypes, tiles * block_prototypes)
     config["PARTS"] = parts if parts <= MOST_FOLDED_PARTS else 0
-    # Two tiles ahead where two programs still fit in the shared memory of a multiprocessor.
+    # Two tiles ahead where the programs still fit in the shared memory of a multiprocessor, three in the largest.
     roomy = itemsize == 2 and capability // 10 != 12 and capability not in (86, 89)
-    config |= {"STAGES": 3 if roomy else 2, "num_warps": warps, **COMPILER}
+    middle = large and even and row_sums and not first and capability >= 90
+    config |= {"STAGES": (4 if middle else 3) if roomy else 2, "num_warps": warps, **COMPILER}
     # What keeps the assembler from spilling, which it does of its own accord at times.
     return config | {"maxnreg": 128 if capability < 100 else 160} if even and warps == 8 else config
 
 
 def first_sums_config(images: int, prototypes: int, itemsize: int) -> dict[str, int | bool]:
-    """As many lanes as 8 warps have rows of 16-byte loads, so that a thread adds up its own until the end."""
-    lanes, block_prototypes = min(64 // itemsize, next_power_of_2(images)), min(64, next_power_of_2(prototypes))
-    repeats = min(4, triton.cdiv(next_power_of_2(images), lanes))
-    even = images % (lanes * repeats) == 0 and prototypes % block_prototypes == 0
-    config = {"LANES": lanes, "REPEATS": repeats, "BLOCK_PROTOTYPES": block_prototypes, "EVEN": even}
+    """Twice as many lanes as 8 warps load rows of 64 at once; a thread adds up its own until the end."""
+    lanes, block_prototypes = min(128 // itemsize, next_power_of_2(images)), min(64, next_power_of_2(prototypes))
+    even = images % lanes == 0 and prototypes % block_prototypes == 0
+    config = {"LANES": lanes, "BLOCK_PROTOTYPES": block_prototypes, "EVEN": even}
     return config | {"STAGES": 3 if itemsize == 2 else 2, "num_warps": 8, **COMPILER}
 
 
@@ -71,15 +80,19 @@ def rows_config(prototypes: int) -> dict[str, int | bool]:
     return {"BLOCK_PROTOTYPES": block, "EVEN": prototypes == block, "num_warps": warps, **COMPILER}
 
 
-def row_step_config(prototypes: int, itemsize: int) -> dict[str, int | bool]:
-    """The next row is loaded ahead where it fits in the registers."""
+def row_step_config(rows: int, prototypes: int, itemsize: int) -> dict[str, int | bool]:
+    """The next row is loaded ahead where it fits in the registers.
+
+    Of `rows` in all a program takes as many as leave four programs to each multiprocessor: the fewer parts the better.
+    """
     config = rows_config(prototypes)
     if itemsize == 4 and config["num_warps"] == 16:
         config["num_warps"] = 8
     prefetch = config["EVEN"] and itemsize == 2
     if prefetch and config["num_warps"] == 4:
         config["maxnreg"] = 255  # Some assemblers would set a lower limit of their own, and spill.
-    return {"ROWS": 32, "PREFETCH": prefetch, **config}
+    share = rows // MOST_ROW_PROGRAMS
+    return {"ROWS": min(256, max(32, 1 << share.bit_length() >> 1)), "PREFETCH": prefetch, **config}
 
 
 def reduce_config(parts: int, length: int) -> dict[str, int]:
@@ -190,7 +203,6 @@ def first_column_sums_kernel(
     logits_stride_prototype,
     log2_scale,
     EVEN: tl.constexpr,
-    REPEATS: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK_PROTOTYPES: tl.constexpr,
     STAGES: tl.constexpr,
@@ -206,20 +218,19 @@ def first_column_sums_kernel(
     lane_max = tl.full([LANES, BLOCK_PROTOTYPES], float("-inf"), tl.float32)
     lane_sum = tl.zeros([LANES, BLOCK_PROTOTYPES], tl.float32)
     logits_ptrs = logits_ptr + position * logits_stride_position
-    logits_ptrs += offs_prototype.to(tl.int64)[None, None, :] * logits_stride_prototype
-    offs_lane = tl.arange(0, REPEATS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    for start in tl.range(0, images, REPEATS * LANES, num_stages=STAGES):
-        offs_image = start + offs_lane
+    logits_ptrs += offs_prototype.to(tl.int64)[None, :] * logits_stride_prototype
+    for start in tl.range(0, images, LANES, num_stages=STAGES):
+        offs_image = start + tl.arange(0, LANES)
         logits = tl.load(
-            logits_ptrs + offs_image.to(tl.int64)[:, :, None] * logits_stride_image,
-            mask=((offs_image < images) | EVEN)[:, :, None] & mask_prototype[None, None, :],
+            logits_ptrs + offs_image.to(tl.int64)[:, None] * logits_stride_image,
+            mask=((offs_image < images) | EVEN)[:, None] & mask_prototype[None, :],
             other=float("-inf"),
-        )  # [REPEATS, LANES, BLOCK_PROTOTYPES]
-        new_max = tl.maximum(lane_max, tl.max(logits, 0).to(tl.float32))
+        ).to(tl.float32)  # [LANES, BLOCK_PROTOTYPES]
+        new_max = tl.maximum(lane_max, logits)
         # Images so far may all be at -inf where later ones, or those of other processes, are not.
         base = tl.where(new_max == float("-inf"), 0.0, new_max)
         lane_sum *= exponentials(lane_max, base, log2_scale)
-        lane_sum += tl.sum(exponentials(logits, base[None, :, :], log2_scale), 0)
+        lane_sum += exponentials(logits, base, log2_scale)
         lane_max = new_max
     column_max = tl.max(lane_max, 0)
     base = tl.where(column_max == float("-inf"), 0.0, column_max)
@@ -452,7 +463,8 @@ def balance_columns(
     """`balance` where the images of a position fit in a block."""
     positions, images, prototypes = logits.shape
     column_max, column, row = potentials
-    config = columns_config(images, prototypes, logits.itemsize, capability(logits.device))
+    shape = images, prototypes, logits.itemsize, capability(logits.device)
+    config = columns_config(*shape)
     n_programs = triton.cdiv(prototypes, config["BLOCK_PROTOTYPES"] * config["TILES"])
     grid = (positions * n_programs,)
     folded = config["PARTS"] > 0
@@ -481,7 +493,7 @@ def balance_columns(
             ROW_LIMIT,
             FIRST=iteration == 0,
             ROW_SUMS=row_sums,
-            **config,
+            **columns_config(*shape, iteration == 0, row_sums),
         )
         if row_sums and (not folded or iteration == n_iterations - 1):
             reduce_parts(parts, row, eps, update=True)
@@ -509,7 +521,7 @@ def row_step(
 ) -> Tensor | None:
     """Update the rows in place; the column sums of M with them, [positions, prototypes]."""
     positions, images, prototypes = logits.shape
-    config = row_step_config(prototypes, logits.itemsize)
+    config = row_step_config(positions * images, prototypes, logits.itemsize)
     n = triton.cdiv(images, config["ROWS"])
     parts = torch.empty((positions, n, prototypes), dtype=torch.float32, device=logits.device) if column_sums else None
     row_step_kernel[(positions * n,)](
@@ -736,21 +748,30 @@ def compile_case(name: str, kernel: Callable, types: dict, config: dict, *target
     return name, kernel, {parameter: given[parameter] for parameter in kernel.arg_names}, options, *targets
 
 
+def by_config(configs: dict[int, dict]) -> Iterator[tuple[dict, tuple[int, ...]]]:
+    """Each of the configurations once, and the targets that have it."""
+    distinct = {tuple(config.items()): config for config in configs.values()}
+    for config in distinct.values():
+        yield config, tuple(target for target in configs if configs[target] == config)
+
+
 def _compile_cases() -> list[tuple]:
     """What is launched at the sizes of the paper and at the edges of each form."""
     cases = []
     common = TYPES | STRIDE_TYPES
     for dtype in ("*bf16", "*fp16", "*fp32"):
         types, itemsize = common | {"logits_ptr": dtype}, 4 if dtype == "*fp32" else 2
-        for images, prototypes in ((512, 16384), (500, 16384), (128, 4096), (128, 1000), (16, 1024), (1, 1)):
+        shapes = (512, 16384), (500, 16384), (256, 16384), (128, 1000), (64, 4096), (16, 1024), (1, 1)
+        for images, prototypes in shapes:
             name = f"{dtype[1:]}, {images} images, {prototypes} prototypes"
-            configs = {target: columns_config(images, prototypes, itemsize, target) for target in TARGETS}
             for first, row_sums in ((True, True), (False, True), (False, False)):
+                configs = {
+                    target: columns_config(images, prototypes, itemsize, target, first, row_sums) for target in TARGETS
+                }
                 step = types | {"FIRST": first, "ROW_SUMS": row_sums}
                 step |= dict.fromkeys(("row_parts_ptr", "last_row_ptr", "last_row_parts_ptr"), "*fp32")
                 what = f"{name}, {'first' if first else 'later'}{', row sums' if row_sums else ''}"
-                for config in (configs[90], configs[100]) if configs[90] != configs[100] else (configs[90],):
-                    targets = tuple(target for target in configs if configs[target] == config)
+                for config, targets in by_config(configs):
                     cases.append(compile_case(what, column_step_kernel, step, config, targets))
         for prototypes in (16384, 16000, 4096, 1000, 1):
             name = f"{dtype[1:]}, {prototypes} prototypes"
@@ -761,7 +782,7 @@ def _compile_cases() -> list[tuple]:
             for sums in (True, False):
                 step = types | {"column_parts_ptr": "*fp32", "COLUMN_SUMS": sums}
                 what = f"{name}{', column sums' if sums else ''}"
-                cases.append(compile_case(what, row_step_kernel, step, row_step_config(prototypes, itemsize)))
+                cases.append(compile_case(what, row_step_kernel, step, row_step_config(512, prototypes, itemsize)))
             for rows, gather, update in (
                 (None, True, True),
                 (None, True, False),

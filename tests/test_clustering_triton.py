@@ -18,6 +18,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # positions, images, prototypes, dim
 SHAPES = [(1, 1, 1, 1), (1, 5, 7, 3), (3, 4, 9, 5), (2, 9, 64, 8)]
 SEEDS = range(3)  # The loss is one number: several are judged together.
+MORE_SEEDS = range(16)  # Of half precision: two roundings of the features give errors of one size, but of any ratio.
 
 
 def draw(
@@ -98,10 +99,14 @@ def assert_defined(compared: list[tuple[dict, dict, dict]]) -> None:
 
 
 def assert_no_less_exact(compared: list[tuple[dict, dict, dict]]) -> None:
-    """What the definition loses through logits of half precision bounds what the head may lose, over all draws."""
+    """What the definition loses through logits of half precision bounds what the head may lose, over all draws.
+
+    By the root of the mean square: the loss is one number a draw, whose error is that of one rounding or another by
+    chance. (Of bfloat16 logits both lose 0.0024 over a hundred draws, but one may lose 3 times the other over three.)
+    """
     for name in compared[0][2]:
         errors = [[float((x[name].double() - oracle[name]).abs().max()) for x in pair] for *pair, oracle in compared]
-        error, budget = (max(column) for column in zip(*errors, strict=True))
+        error, budget = (math.hypot(*column) for column in zip(*errors, strict=True))
         assert all(actual[name].dtype == torch.float32 for actual, *_ in compared)
         assert error <= 2 * budget, name
 
@@ -141,7 +146,7 @@ def test_options() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)], ids=str)
 @pytest.mark.parametrize("positionwise", [True, False], ids=["positionwise", "together"])
 def test_half_features_meet_float32_weights(positionwise: bool, dtype: torch.dtype) -> None:
-    draws = [draw(3, 9, 64, 8, dtype, seed) for seed in SEEDS]
+    draws = [draw(3, 9, 64, 8, dtype, seed) for seed in MORE_SEEDS]
     assert_no_less_exact(results(draws, lambda *x: run(*x[:5], 2, *x[5:]), positionwise, (0.5, 0.5)))
 
 
