@@ -62,7 +62,7 @@ def columns_config(
     middle = large and even and row_sums and not first and capability >= 90
     config |= {"STAGES": (4 if middle else 3) if roomy else 2, "num_warps": warps, **COMPILER}
     # What keeps the assembler from spilling, which it does of its own accord at times.
-    tempted = (even and warps == 8) or (itemsize == 4 and warps == 4 and capability >= 100)
+    tempted = (even and warps == 8) or (itemsize == 4 and warps <= 4 and capability >= 100)
     return config | {"maxnreg": 128 if capability < 100 else 160} if tempted else config
 
 
