@@ -8,6 +8,7 @@ Positions are streamed, so that of the logits [positions, images, prototypes] on
 assignments, but for chosen rows, or the softmax.
 """
 
+import math
 from collections.abc import Iterator
 from itertools import product
 from typing import no_type_check
@@ -27,40 +28,68 @@ from capi_kernels.sinkhorn_triton import (
     TYPES,
     balance,
     balance_rows,
+    by_config,
     check_supported,
     compile_case,
     load_row,
     log2_scale,
     new_potentials,
+    reduce_parts,
     row_exponentials,
     rows_config,
     updated,
 )
 
+LN_2 = tl.constexpr(math.log(2))
+MOST_GATHERING = 1024  # Programs, of which each takes several of the chosen rows.
 LOGITS_BYTES = 1 << 30  # Enough positions at a time for full matrix products, few enough to matter little.
 
 
-def head_rows_config(prototypes: int, itemsize: int, capability: int) -> dict[str, int | bool]:
-    """The next row is loaded ahead where it fits in the registers."""
+def head_rows_config(prototypes: int, dtype: torch.dtype, capability: int) -> dict[str, int | bool]:
+    """The next row is loaded ahead, and the bias's gradient added up, where the registers have room for it."""
     config = rows_config(prototypes)
-    if config["EVEN"] and itemsize == 2:
-        return {"ROWS": 8, "PREFETCH": True, **config}
+    ahead = config["EVEN"] and dtype.itemsize == 2
+    small = config["num_warps"] < 16  # Fewer than fill the register file.
+    bias = small or (ahead and capability == 90)
+    late = bias or capability >= 120
+    if bias and not small and dtype == torch.float16:
+        ahead = False  # Whose conversions take the registers that the next row would.
+    config |= {"ROWS": 32, "AHEAD": (3 if late else 2) if ahead else 0, "BIAS": bias}
+    if config["num_warps"] == 4:
+        config["maxnreg"] = 255  # Some assemblers would set a lower limit of their own, and spill.
     # 12.x would spill with the 64 registers a thread that 32 warps leave.
-    warps = config["num_warps"] if capability >= 120 else min(32, 2 * config["num_warps"])
-    return {"ROWS": 8, "PREFETCH": False, **config, "num_warps": warps}
+    if not ahead and not bias and capability < 120:
+        config["num_warps"] = 32
+    return config
 
 
 @triton.jit
 @no_type_check
-def soft_cross_entropy(logits, targets, log2_scale, temperature, mask):
-    """sum(t) log sum exp(z) - sum(t z) with z = (logits - maximum) / temperature, and minus its gradient in z."""
-    logits = logits.to(tl.float32)
-    difference = logits - tl.max(logits, 0)
-    exp = tl.exp2(difference * log2_scale)
-    normaliser = tl.sum(exp, 0)
-    total = tl.sum(targets, 0)
-    matched = tl.sum(targets * tl.where(mask, difference, 0.0), 0) / temperature
-    return total * tl.log(normaliser) - matched, targets - exp * (total / normaliser)
+def soft_cross_entropy(logits, M, row, log2_scale, temperature, mask):
+    """sum(t) log sum exp(z) - sum(t z) with t = M row, z = (logits - maximum) / temperature; what its gradient needs.
+
+    Whatever takes a few instructions is computed anew rather than kept: a row runs out of registers.
+    """
+    maximum = tl.max(logits, 0).to(tl.float32)
+    matched = tl.sum(M * tl.where(mask, logits.to(tl.float32) - maximum, 0.0), 0) * row / temperature
+    log2_normaliser = tl.log2(tl.sum(tl.exp2((logits.to(tl.float32) - maximum) * log2_scale), 0))
+    total = tl.sum(M, 0) * row
+    return total * (log2_normaliser * LN_2) - matched, maximum, log2_normaliser, total
+
+
+@triton.jit
+@no_type_check
+def minus_gradient(logits, M, row, maximum, log2_normaliser, total, log2_scale):
+    """t - softmax(z) sum(t)."""
+    return M * row - tl.exp2((logits.to(tl.float32) - maximum) * log2_scale - log2_normaliser) * total
+
+
+@triton.jit
+@no_type_check
+def load_next(logits_ptr, index, last, prototypes, EVEN: tl.constexpr, BLOCK_PROTOTYPES: tl.constexpr):
+    """The row after `index`; for want of one, the last once more, which must not have been written yet."""
+    next_ptr = logits_ptr + tl.cast(min(index + 1, last - 1), tl.int64) * prototypes
+    return load_row(next_ptr, prototypes, 1, EVEN, BLOCK_PROTOTYPES)
 
 
 @triton.jit
@@ -71,9 +100,7 @@ def head_rows_kernel(
     column_ptr,
     row_ptr,
     loss_ptr,
-    targets_ptr,
-    chosen_ptr,
-    chosen_start_ptr,
+    bias_parts_ptr,
     rows,
     images,
     prototypes,
@@ -83,27 +110,28 @@ def head_rows_kernel(
     eps,
     limit,
     ROWS: tl.constexpr,
-    PREFETCH: tl.constexpr,
+    AHEAD: tl.constexpr,
+    BIAS: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_PROTOTYPES: tl.constexpr,
 ):
-    """One program per ROWS rows [position, image]: potentials, losses, -d(logits), and targets where chosen."""
+    """One program per ROWS rows [position, image]: potentials, losses, -d(logits), with BIAS the sum of the latter.
+
+    AHEAD: the next row is in flight from the start of this one (1), or once its potential (2) or loss (3) is known.
+    """
     offs = tl.arange(0, BLOCK_PROTOTYPES)
     mask = (offs < prototypes) | EVEN
     first = tl.program_id(0) * ROWS
     last = min(first + ROWS, rows)
-    if PREFETCH:
+    bias_sum = tl.zeros([BLOCK_PROTOTYPES], tl.float32)
+    if AHEAD:
         next_ptr = logits_ptr + tl.cast(first, tl.int64) * prototypes
         next_logits = load_row(next_ptr, prototypes, 1, EVEN, BLOCK_PROTOTYPES)
     for index in range(first, last):
         row_logits_ptr = logits_ptr + tl.cast(index, tl.int64) * prototypes
-        if PREFETCH:
-            logits = next_logits
-            # In flight while this row is computed; the last one, for want of a next, once more, before it is written.
-            next_ptr = logits_ptr + tl.cast(min(index + 1, last - 1), tl.int64) * prototypes
-            next_logits = load_row(next_ptr, prototypes, 1, EVEN, BLOCK_PROTOTYPES)
-        else:
-            logits = load_row(row_logits_ptr, prototypes, 1, EVEN, BLOCK_PROTOTYPES)
+        logits = next_logits if AHEAD else load_row(row_logits_ptr, prototypes, 1, EVEN, BLOCK_PROTOTYPES)
+        if AHEAD == 1:
+            next_logits = load_next(logits_ptr, index, last, prototypes, EVEN, BLOCK_PROTOTYPES)
         position = tl.cast(index // images, tl.int64)
         M = row_exponentials(
             logits,
@@ -117,44 +145,96 @@ def head_rows_kernel(
         )
         row = tl.load(row_ptr + index)
         row = updated(row, row * tl.sum(M, 0), eps, limit)
-        targets = M * row
-        loss, minus_dlogits = soft_cross_entropy(logits, targets, prediction_log2_scale, prediction_temperature, mask)
+        if AHEAD == 2:
+            next_logits = load_next(logits_ptr, index, last, prototypes, EVEN, BLOCK_PROTOTYPES)
+        loss, maximum, log2_normaliser, total = soft_cross_entropy(
+            logits, M, row, prediction_log2_scale, prediction_temperature, mask
+        )
+        if AHEAD == 3:
+            next_logits = load_next(logits_ptr, index, last, prototypes, EVEN, BLOCK_PROTOTYPES)
+        minus_dlogits = minus_gradient(logits, M, row, maximum, log2_normaliser, total, prediction_log2_scale)
+        minus_dlogits = minus_dlogits.to(logits_ptr.dtype.element_ty)
         tl.store(row_ptr + index, row)
         tl.store(loss_ptr + index, loss)
-        tl.store(row_logits_ptr + offs, minus_dlogits.to(logits_ptr.dtype.element_ty), mask=mask)
-        if targets_ptr is not None:
-            # A row may be chosen several times.
-            for i in range(tl.load(chosen_start_ptr + index), tl.load(chosen_start_ptr + index + 1)):
-                chosen = tl.load(chosen_ptr + i)
-                tl.store(targets_ptr + chosen * prototypes + offs, targets, mask=mask)
+        tl.store(row_logits_ptr + offs, minus_dlogits, mask=mask)
+        if BIAS:  # Of what the weight's gradient is made of; what rounding takes from it would take registers to keep.
+            bias_sum += minus_dlogits.to(tl.float32)
+    if BIAS:
+        offs_part = tl.program_id(0).to(tl.int64) * prototypes + offs
+        tl.store(bias_parts_ptr + offs_part, bias_sum, mask=mask)
+
+
+@triton.jit(do_not_specialize=["part", "first_row"])  # They differ from call to call.
+@no_type_check
+def chosen_targets_kernel(
+    logits_ptr,
+    column_max_ptr,
+    column_ptr,
+    row_ptr,
+    keys_ptr,
+    chosen_ptr,
+    bounds_ptr,
+    targets_ptr,
+    part,
+    first_row,
+    images,
+    prototypes,
+    log2_scale,
+    eps,
+    limit,
+    EVEN: tl.constexpr,
+    BLOCK_PROTOTYPES: tl.constexpr,
+):
+    """Each program takes every so many-th of the chosen rows of a part: their targets, the last update done.
+
+    `keys`, sorted, counts rows position by position, `first_row` is that of these logits; `chosen` says which row of
+    the targets it is.
+    """
+    offs = tl.arange(0, BLOCK_PROTOTYPES)
+    mask = offs < prototypes
+    for i in range(tl.load(bounds_ptr + part) + tl.program_id(0), tl.load(bounds_ptr + part + 1), tl.num_programs(0)):
+        index = tl.load(keys_ptr + i) - first_row
+        logits = load_row(logits_ptr + index * prototypes, prototypes, 1, EVEN, BLOCK_PROTOTYPES)
+        M = row_exponentials(
+            logits,
+            column_max_ptr,
+            column_ptr,
+            index // images * prototypes,
+            prototypes,
+            log2_scale,
+            EVEN,
+            BLOCK_PROTOTYPES,
+        )
+        row = tl.load(row_ptr + index)
+        targets = M * updated(row, row * tl.sum(M, 0), eps, limit)
+        tl.store(targets_ptr + tl.load(chosen_ptr + i) * prototypes + offs, targets, mask=mask)
 
 
 def head_rows(
     logits: Tensor,
     potentials: Potentials,
     loss: Tensor,
-    targets: Tensor | None,
-    chosen: Tensor | None,
-    chosen_start: Tensor | None,
+    dbias: Tensor,
     target_temperature: float,
     prediction_temperature: float,
     eps: float,
 ) -> None:
     """Update the rows, fill `loss` [rows], write -d(logits) over contiguous logits [positions, images, prototypes].
 
-    Row r = position * images + image goes to the rows `chosen[chosen_start[r] : chosen_start[r + 1]]` of `targets`.
+    Its sum over the rows goes to `dbias` [prototypes].
     """
     positions, images, prototypes = logits.shape
     rows = positions * images
     assert logits.is_contiguous()
-    config = head_rows_config(prototypes, logits.itemsize, capability(logits.device))
-    head_rows_kernel[(triton.cdiv(rows, config["ROWS"]),)](
+    config = head_rows_config(prototypes, logits.dtype, capability(logits.device))
+    programs = triton.cdiv(rows, config["ROWS"])
+    shape = 1, programs if config["BIAS"] else 0, prototypes
+    bias_parts = torch.empty(shape, dtype=torch.float32, device=logits.device)
+    head_rows_kernel[(programs,)](
         logits,
         *potentials,
         loss,
-        targets,
-        chosen,
-        chosen_start,
+        bias_parts,
         rows,
         images,
         prototypes,
@@ -165,6 +245,55 @@ def head_rows(
         ROW_LIMIT,
         **config,
     )
+    if config["BIAS"]:
+        reduce_parts(bias_parts, dbias, eps, update=False)
+    else:
+        torch.sum(logits.flatten(0, 1), 0, keepdim=True, dtype=torch.float32, out=dbias)
+
+
+class ChosenTargets:
+    """The targets of chosen rows (image * positions + position), gathered as the stream comes by them."""
+
+    def __init__(self, rows: Tensor, positions: int, images: int, part: int, prototypes: int):
+        # rows count image by image, the stream position by position; `part` of its rows come at a time.
+        self.keys, self.chosen = (rows % positions * images + rows // positions).sort(stable=True)
+        parts = triton.cdiv(positions * images, part)
+        self.bounds = torch.searchsorted(
+            self.keys, torch.arange(parts + 1, dtype=self.keys.dtype, device=rows.device) * part
+        )
+        self.targets = torch.empty((len(rows), prototypes), dtype=torch.float32, device=rows.device)
+
+    def gather(
+        self, part: int, first_row: int, logits: Tensor, potentials: Potentials, temperature: float, eps: float
+    ) -> None:
+        """Fill those of a part, from its contiguous logits and potentials before the last update of the rows."""
+        _, images, prototypes = logits.shape
+        if len(self.keys) == 0:
+            return
+        chosen_targets_kernel[min(len(self.keys), MOST_GATHERING),](
+            logits,
+            *potentials,
+            self.keys,
+            self.chosen,
+            self.bounds,
+            self.targets,
+            part,
+            first_row,
+            images,
+            prototypes,
+            log2_scale(temperature),
+            eps,
+            ROW_LIMIT,
+            **rows_config(prototypes),
+        )
+
+
+def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, where total is float32 and added to as exactly as the product is summed."""
+    if a.is_cuda and a.dtype != total.dtype:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
 class _Blocks:
@@ -218,12 +347,7 @@ def clustering_head(
     prototypes, tokens, device = len(weight), positions * images, features.device
     check_supported("features", dtype, prototypes)
     chunk = position_chunk or default_position_chunk(features, prototypes, dtype, process_group)
-    targets = chosen = chosen_start = None
-    if rows is not None:
-        # rows count image by image, the stream position by position.
-        keys, chosen = (rows % positions * images + rows // positions).sort(stable=True)
-        chosen_start = torch.searchsorted(keys, torch.arange(tokens + 1, dtype=keys.dtype, device=device))
-        targets = torch.empty((len(rows), prototypes), dtype=torch.float32, device=device)
+    stream = positions, images
     together = not positionwise and chunk < positions
     if not positionwise and not together:  # Everything fits in a chunk: a single position of all tokens.
         features, positions, images = features.reshape(1, tokens, dim), 1, tokens
@@ -236,9 +360,10 @@ def clustering_head(
 
     loss = torch.empty(tokens, dtype=torch.float32, device=device)
     dweight = torch.zeros((prototypes, dim), dtype=torch.float32, device=device)
-    starts_of_chunks = range(0, positions, linear.chunk)
-    dbias = torch.empty((len(starts_of_chunks), prototypes), dtype=torch.float32, device=device)
-    for start, dbias_here in zip(starts_of_chunks, dbias, strict=True):
+    starts = range(0, positions, linear.chunk)
+    chosen = None if rows is None else ChosenTargets(rows, *stream, linear.chunk * images, prototypes)
+    dbias = torch.empty((len(starts), prototypes), dtype=torch.float32, device=device)
+    for i, start in enumerate(starts):
         logits, features_here = linear(start)
         here = slice(start * images, start * images + logits.shape[0] * images)
         if together:
@@ -247,30 +372,32 @@ def clustering_head(
         else:
             part = Potentials(*(x[start : start + linear.chunk] for x in potentials))
             balance(logits, part, n_iterations, eps, target_temperature, process_group, last_row=False)
-        starts = None if rows is None else chosen_start[here.start :]
-        head_rows(logits, part, loss[here], targets, chosen, starts, target_temperature, prediction_temperature, eps)
-        minus_dlogits = logits.flatten(0, 1)
-        if dtype == torch.float32:
-            dweight.addmm_(minus_dlogits.mT, features_here.flatten(0, 1))
-        else:
-            dweight += minus_dlogits.mT @ features_here.flatten(0, 1)
-        torch.sum(minus_dlogits, 0, dtype=torch.float32, out=dbias_here)
+        if chosen is not None:
+            chosen.gather(i, here.start, logits, part, target_temperature, eps)
+        head_rows(logits, part, loss[here], dbias[i : i + 1], target_temperature, prediction_temperature, eps)
+        add_product_(dweight, logits.flatten(0, 1).mT, features_here.flatten(0, 1))
     factor = -1 / (prediction_temperature * tokens)
     if not positionwise:
         potentials = Potentials(*(x[0] for x in potentials))
+    targets = None if chosen is None else chosen.targets
     return loss.mean(), targets, potentials, dweight.mul_(factor), dbias.sum(0).mul_(factor)
 
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
 def _compile_cases() -> list[tuple]:
-    types = TYPES | {f"{name}_ptr": "*fp32" for name in ("loss", "targets")}
-    types |= {"chosen_ptr": "*i64", "chosen_start_ptr": "*i64", "prediction_temperature": "fp32"}
+    types = TYPES | {f"{name}_ptr": "*fp32" for name in ("loss", "targets", "bias_parts")}
+    types |= {"keys_ptr": "*i64", "chosen_ptr": "*i64", "bounds_ptr": "*i64", "part": "i32?"}
     types |= {"rows": "i32", "target_log2_scale": "fp32", "prediction_log2_scale": "fp32"}
+    types |= {"prediction_temperature": "fp32", "first_row": "i32?"}
     cases = []
-    for dtype, prototypes in product(("bf16", "fp16", "fp32"), (16384, 16000, 4096, 1000)):
-        configs = {target: head_rows_config(prototypes, 4 if dtype == "fp32" else 2, target) for target in TARGETS}
-        given = f"{dtype}, {prototypes} prototypes", head_rows_kernel, types | {"logits_ptr": f"*{dtype}"}
-        distinct = (configs[90], configs[120]) if configs[90] != configs[120] else (configs[90],)
-        cases += [compile_case(*given, x, tuple(y for y in configs if configs[y] == x)) for x in distinct]
+    for dtype, prototypes in product(DTYPES, (16384, 16000, 4096, 1000)):
+        configs = {target: head_rows_config(prototypes, DTYPES[dtype], target) for target in TARGETS}
+        name, logits = f"{dtype}, {prototypes} prototypes", {"logits_ptr": f"*{dtype}"}
+        for config, targets in by_config(configs):
+            cases.append(compile_case(name, head_rows_kernel, types | logits, config, targets))
+        cases.append(compile_case(name, chosen_targets_kernel, types | logits, rows_config(prototypes)))
     return cases
 
 

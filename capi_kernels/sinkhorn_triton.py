@@ -29,29 +29,48 @@ MOST_IMAGES_IN_BLOCK = 512
 MOST_PROTOTYPES = 1 << 20  # A row is one block, and Triton's blocks end here.
 CHUNKS_IN_FLIGHT = 4  # Of the positions: while one is all-reduced the next is computed.
 RESCALE_EVERY = 4  # Iterations; each can move a factor of prototypes / images from the rows to the columns.
+MOST_ROW_PROGRAMS = 512  # Where a program may take more rows for fewer.
+MOST_FOLDED_PARTS = 8  # Whose reading by every program of a position costs less than a kernel that adds them up.
 ROW_LIMIT = torch.finfo(torch.float32).max ** 0.8
 
 LOG2_E = math.log2(math.e)
+FIRST_COLUMN = tl.constexpr(math.exp(SHIFT))
 COMPILER = {"enable_fp_fusion": True}  # Every product here is summed in float32 right away.
 
 
-def columns_config(images: int, prototypes: int, itemsize: int, capability: int) -> dict[str, int | bool]:
-    """64 elements a thread of 16-bit logits (two programs of 8 warps fit in a multiprocessor), 32 of 32-bit ones."""
+def columns_config(
+    images: int, prototypes: int, itemsize: int, capability: int, first: bool = False, row_sums: bool = True
+) -> dict[str, int | bool]:
+    """64 elements a thread of 16-bit logits, 32 of 32-bit ones; a multiprocessor holds 16 warps.
+
+    Column sums cross warps / images times the block in shared memory: few images take few warps, at most 128 prototypes
+    wide. Only images by the hundreds take more than 16 KiB a block, so that what is read at once stays 64 bytes wide.
+    """
     block_images = next_power_of_2(images)
-    block_prototypes = min(next_power_of_2(prototypes), max(32, min(256, 16384 // block_images)))
-    tiles = min(4, triton.cdiv(prototypes, block_prototypes))
+    block_prototypes = min(next_power_of_2(prototypes), max(32, min(128, 16384 // (block_images * itemsize))))
+    large = block_images * block_prototypes >= 16384
+    # More tiles spare parts of the row sums, fewer the wait for the last program.
+    tiles = min(4 if large else 8, triton.cdiv(prototypes, block_prototypes))
     even = images == block_images and prototypes % (tiles * block_prototypes) == 0
     warps = max(1, block_images * block_prototypes * itemsize // 4096)
     config = {"BLOCK_IMAGES": block_images, "BLOCK_PROTOTYPES": block_prototypes, "TILES": tiles, "EVEN": even}
-    config |= {"STAGES": 2, "num_warps": warps, **COMPILER}
+    # Few parts are added up by every program of the next kernel, without one in between.
+    parts = triton.cdiv(prototypes, tiles * block_prototypes)
+    config["PARTS"] = parts if parts <= MOST_FOLDED_PARTS else 0
+    # Two tiles ahead where the programs still fit in the shared memory of a multiprocessor, three in the largest.
+    roomy = itemsize == 2 and capability // 10 != 12 and capability not in (86, 89)
+    middle = large and even and row_sums and not first and capability >= 90
+    config |= {"STAGES": (4 if middle else 3) if roomy else 2, "num_warps": warps, **COMPILER}
     # What keeps the assembler from spilling, which it does of its own accord at times.
-    return config | {"maxnreg": 128 if capability < 100 else 160} if even and warps == 8 else config
+    tempted = (even and warps == 8) or (itemsize == 4 and warps <= 4 and capability >= 100)
+    return config | {"maxnreg": 128 if capability < 100 else 160} if tempted else config
 
 
 def first_sums_config(images: int, prototypes: int, itemsize: int) -> dict[str, int | bool]:
-    block_images, block_prototypes = min(64, next_power_of_2(images)), min(64, next_power_of_2(prototypes))
-    even = images % block_images == 0 and prototypes % block_prototypes == 0
-    config = {"BLOCK_IMAGES": block_images, "BLOCK_PROTOTYPES": block_prototypes, "EVEN": even}
+    """Twice as many lanes as 8 warps load rows of 64 at once; a thread adds up its own until the end."""
+    lanes, block_prototypes = min(128 // itemsize, next_power_of_2(images)), min(64, next_power_of_2(prototypes))
+    even = images % lanes == 0 and prototypes % block_prototypes == 0
+    config = {"LANES": lanes, "BLOCK_PROTOTYPES": block_prototypes, "EVEN": even}
     return config | {"STAGES": 3 if itemsize == 2 else 2, "num_warps": 8, **COMPILER}
 
 
@@ -62,15 +81,19 @@ def rows_config(prototypes: int) -> dict[str, int | bool]:
     return {"BLOCK_PROTOTYPES": block, "EVEN": prototypes == block, "num_warps": warps, **COMPILER}
 
 
-def row_step_config(prototypes: int, itemsize: int) -> dict[str, int | bool]:
-    """The next row is loaded ahead where it fits in the registers."""
+def row_step_config(rows: int, prototypes: int, itemsize: int) -> dict[str, int | bool]:
+    """The next row is loaded ahead where it fits in the registers.
+
+    Of `rows` in all a program takes as many as leave four programs to each multiprocessor: the fewer parts the better.
+    """
     config = rows_config(prototypes)
     if itemsize == 4 and config["num_warps"] == 16:
         config["num_warps"] = 8
     prefetch = config["EVEN"] and itemsize == 2
     if prefetch and config["num_warps"] == 4:
         config["maxnreg"] = 255  # Some assemblers would set a lower limit of their own, and spill.
-    return {"ROWS": 32, "PREFETCH": prefetch, **config}
+    share = rows // MOST_ROW_PROGRAMS
+    return {"ROWS": min(256, max(32, 1 << share.bit_length() >> 1)), "PREFETCH": prefetch, **config}
 
 
 def reduce_config(parts: int, length: int) -> dict[str, int]:
@@ -92,6 +115,8 @@ def column_step_kernel(
     column_max_ptr,
     column_ptr,
     row_ptr,
+    last_row_ptr,
+    last_row_parts_ptr,
     row_parts_ptr,
     images,
     prototypes,
@@ -100,21 +125,40 @@ def column_step_kernel(
     logits_stride_prototype,
     log2_scale,
     eps,
+    limit,
     FIRST: tl.constexpr,
     ROW_SUMS: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_IMAGES: tl.constexpr,
     BLOCK_PROTOTYPES: tl.constexpr,
     TILES: tl.constexpr,
+    PARTS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One program per (position, TILES blocks of prototypes): their potentials, and what they add to the row sums."""
+    """One program per (position, TILES blocks of prototypes): their potentials, and what they add to the row sums.
+
+    With PARTS, the last iteration's row sums are still in parts: each program updates its position's rows, one writes
+    them. With FIRST, all potentials are those before the first iteration.
+    """
     programs = tl.cdiv(prototypes, BLOCK_PROTOTYPES * TILES)
     position = (tl.program_id(0) // programs).to(tl.int64)
     part = tl.program_id(0) % programs
     offs_image = tl.arange(0, BLOCK_IMAGES)
     mask_image = (offs_image < images) | EVEN
-    row = tl.load(row_ptr + position * images + offs_image, mask=mask_image, other=0.0)
+    offs_row = position * images + offs_image
+    if FIRST:
+        row = tl.where(mask_image, 1.0, 0.0)
+        tl.store(row_ptr + offs_row, row, mask=mask_image & (part == 0))
+    elif PARTS:
+        row = tl.load(last_row_ptr + offs_row, mask=mask_image, other=0.0)
+        total = tl.zeros([BLOCK_IMAGES], tl.float32)
+        for i in tl.static_range(PARTS):
+            offs_last = (position * PARTS + i) * images + offs_image
+            total += tl.load(last_row_parts_ptr + offs_last, mask=mask_image, other=1.0)
+        row = updated(row, total, eps, limit)
+        tl.store(row_ptr + offs_row, row, mask=mask_image & (part == 0))
+    else:
+        row = tl.load(row_ptr + offs_row, mask=mask_image, other=0.0)
     row_sum = tl.zeros([BLOCK_IMAGES], tl.float32)
     logits_ptrs = (
         logits_ptr + position * logits_stride_position + offs_image.to(tl.int64)[:, None] * logits_stride_image
@@ -131,11 +175,12 @@ def column_step_kernel(
         if FIRST:
             column_max = tl.max(logits, 0).to(tl.float32)
             tl.store(column_max_ptr + offs_column, column_max, mask=mask_prototype)
+            column = tl.full([BLOCK_PROTOTYPES], FIRST_COLUMN, tl.float32)
         else:
             column_max = tl.load(column_max_ptr + offs_column, mask=mask_prototype, other=0.0)
+            column = tl.load(column_ptr + offs_column, mask=mask_prototype, other=0.0)
         # Padding only: a prototype at -inf for every image must make its position NaN, as in the reference.
         column_max = tl.where(mask_prototype, column_max, 0.0)
-        column = tl.load(column_ptr + offs_column, mask=mask_prototype, other=0.0)
         E = exponentials(logits, column_max[None, :], log2_scale)
         column = column / (column * tl.sum(E * row[:, None], 0) + eps)
         tl.store(column_ptr + offs_column, column, mask=mask_prototype)
@@ -159,32 +204,38 @@ def first_column_sums_kernel(
     logits_stride_prototype,
     log2_scale,
     EVEN: tl.constexpr,
-    BLOCK_IMAGES: tl.constexpr,
+    LANES: tl.constexpr,
     BLOCK_PROTOTYPES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One program per (position, block of prototypes): the maxima over all images and the sums of E, online."""
+    """One program per (position, block of prototypes): the maxima over all images and the sums of E, online.
+
+    Every LANES-th image goes to the same lane; the lanes come together at the end.
+    """
     programs = tl.cdiv(prototypes, BLOCK_PROTOTYPES)
     position = (tl.program_id(0) // programs).to(tl.int64)
     offs_prototype = tl.program_id(0) % programs * BLOCK_PROTOTYPES + tl.arange(0, BLOCK_PROTOTYPES)
     mask_prototype = (offs_prototype < prototypes) | EVEN
-    column_max = tl.full([BLOCK_PROTOTYPES], float("-inf"), tl.float32)
-    column_sum = tl.zeros([BLOCK_PROTOTYPES], tl.float32)
+    lane_max = tl.full([LANES, BLOCK_PROTOTYPES], float("-inf"), tl.float32)
+    lane_sum = tl.zeros([LANES, BLOCK_PROTOTYPES], tl.float32)
     logits_ptrs = logits_ptr + position * logits_stride_position
     logits_ptrs += offs_prototype.to(tl.int64)[None, :] * logits_stride_prototype
-    for start in tl.range(0, images, BLOCK_IMAGES, num_stages=STAGES):
-        offs_image = start + tl.arange(0, BLOCK_IMAGES)
+    for start in tl.range(0, images, LANES, num_stages=STAGES):
+        offs_image = start + tl.arange(0, LANES)
         logits = tl.load(
             logits_ptrs + offs_image.to(tl.int64)[:, None] * logits_stride_image,
             mask=((offs_image < images) | EVEN)[:, None] & mask_prototype[None, :],
             other=float("-inf"),
-        )  # [BLOCK_IMAGES, BLOCK_PROTOTYPES]
-        new_max = tl.maximum(column_max, tl.max(logits, 0).to(tl.float32))
+        ).to(tl.float32)  # [LANES, BLOCK_PROTOTYPES]
+        new_max = tl.maximum(lane_max, logits)
         # Images so far may all be at -inf where later ones, or those of other processes, are not.
         base = tl.where(new_max == float("-inf"), 0.0, new_max)
-        column_sum *= exponentials(column_max, base, log2_scale)
-        column_sum += tl.sum(exponentials(logits, base[None, :], log2_scale), 0)
-        column_max = new_max
+        lane_sum *= exponentials(lane_max, base, log2_scale)
+        lane_sum += exponentials(logits, base, log2_scale)
+        lane_max = new_max
+    column_max = tl.max(lane_max, 0)
+    base = tl.where(column_max == float("-inf"), 0.0, column_max)
+    column_sum = tl.sum(lane_sum * exponentials(lane_max, base[None, :], log2_scale), 0)
     offs_column = position * prototypes + offs_prototype
     tl.store(column_max_ptr + offs_column, column_max, mask=mask_prototype)
     tl.store(column_sum_ptr + offs_column, column_sum, mask=mask_prototype)
@@ -385,11 +436,10 @@ def log2_scale(temperature: float) -> float:
 
 
 def new_potentials(positions: int, images: int, prototypes: int, device: torch.device) -> Potentials:
-    """Those before the first iteration; the maxima are yet to be found."""
-    column_max, column, row = (
-        torch.empty((positions, n), dtype=torch.float32, device=device) for n in (prototypes, prototypes, images)
+    """Without values yet."""
+    return Potentials(
+        *(torch.empty((positions, n), dtype=torch.float32, device=device) for n in (prototypes, prototypes, images))
     )
-    return Potentials(column_max, column.fill_(math.exp(SHIFT)), row.fill_(1))
 
 
 def _rescale_every_few(column: Tensor, iteration: int) -> Tensor | None:
@@ -414,28 +464,40 @@ def balance_columns(
     """`balance` where the images of a position fit in a block."""
     positions, images, prototypes = logits.shape
     column_max, column, row = potentials
-    config = columns_config(images, prototypes, logits.itemsize, capability(logits.device))
-    parts = triton.cdiv(prototypes, config["BLOCK_PROTOTYPES"] * config["TILES"])
-    row_parts = torch.empty((positions, parts, images), dtype=torch.float32, device=logits.device)
+    shape = images, prototypes, logits.itemsize, capability(logits.device)
+    config = columns_config(*shape)
+    n_programs = triton.cdiv(prototypes, config["BLOCK_PROTOTYPES"] * config["TILES"])
+    grid = (positions * n_programs,)
+    folded = config["PARTS"] > 0
+    # Programs read the last rows and parts while others write the next, which therefore lie elsewhere.
+    n_parts = min(n_iterations, 2) if folded else 1
+    row_parts = torch.empty((n_parts, positions, n_programs, images), dtype=torch.float32, device=logits.device)
+    rows = (torch.empty_like(row), row) if folded and n_iterations > 1 else (row,)
     for iteration in range(n_iterations):
         row_sums = last_row or iteration < n_iterations - 1
-        column_step_kernel[(positions * parts,)](
+        # Counted from the end, so that the last are those of the potentials.
+        row, previous_row = (rows[(iteration - n_iterations - i) % len(rows)] for i in range(2))
+        parts, previous_parts = (row_parts[(iteration - i) % n_parts] for i in range(2))
+        column_step_kernel[grid](
             logits,
             column_max,
             column,
             row,
-            row_parts,
+            previous_row,
+            previous_parts,
+            parts,
             images,
             prototypes,
             *logits.stride(),
             log2_scale(temperature),
             eps,
+            ROW_LIMIT,
             FIRST=iteration == 0,
             ROW_SUMS=row_sums,
-            **config,
+            **columns_config(*shape, iteration == 0, row_sums),
         )
-        if row_sums:
-            reduce_parts(row_parts, row, eps, update=True)
+        if row_sums and (not folded or iteration == n_iterations - 1):
+            reduce_parts(parts, row, eps, update=True)
         scale = _rescale_every_few(column, iteration)
         if scale is not None:
             row.mul_(scale).clamp_(max=ROW_LIMIT)
@@ -460,7 +522,7 @@ def row_step(
 ) -> Tensor | None:
     """Update the rows in place; the column sums of M with them, [positions, prototypes]."""
     positions, images, prototypes = logits.shape
-    config = row_step_config(prototypes, logits.itemsize)
+    config = row_step_config(positions * images, prototypes, logits.itemsize)
     n = triton.cdiv(images, config["ROWS"])
     parts = torch.empty((positions, n, prototypes), dtype=torch.float32, device=logits.device) if column_sums else None
     row_step_kernel[(positions * n,)](
@@ -504,14 +566,18 @@ def balance_rows(
     temperature: float,
     process_group: ProcessGroup | None,
 ) -> None:
-    """All iterations but the last update of the rows; each pass reads every chunk once, `n_iterations` passes in all.
+    """Fill potentials, but for the last update of the rows; each pass reads every chunk once, `n_iterations` in all.
 
     A chunk yields, every time, its logits [positions, images, prototypes] and rows [positions, images], in one block of
     images or several; `columns` are the chunks' column_max and column. While one is all-reduced the next is computed.
     """
     firsts, reductions = [], []
-    for blocks, (column_max, _) in zip(chunks, columns, strict=True):
-        first = [first_column_sums(logits, temperature) for logits, _ in blocks]
+    for blocks, (column_max, column) in zip(chunks, columns, strict=True):
+        column.fill_(FIRST_COLUMN.value)
+        first = []
+        for logits, row in blocks:
+            row.fill_(1)
+            first.append(first_column_sums(logits, temperature))
         column_max.copy_(reduce(torch.maximum, (block_max for block_max, _ in first)))
         firsts.append(first)
         reductions.append(_Reduction(column_max, ReduceOp.MAX, process_group))
@@ -542,7 +608,7 @@ def balance(
     process_group: ProcessGroup | None,
     last_row: bool,
 ) -> None:
-    """All iterations on [positions, images, prototypes] logits; without `last_row` not the last update of the rows."""
+    """Fill the potentials of [positions, images, prototypes] logits; without `last_row` not the rows' last update."""
     images = logits.shape[1]
     if process_group is None and images <= MOST_IMAGES_IN_BLOCK:
         balance_columns(logits, potentials, n_iterations, eps, temperature, last_row)
@@ -683,20 +749,30 @@ def compile_case(name: str, kernel: Callable, types: dict, config: dict, *target
     return name, kernel, {parameter: given[parameter] for parameter in kernel.arg_names}, options, *targets
 
 
+def by_config(configs: dict[int, dict]) -> Iterator[tuple[dict, tuple[int, ...]]]:
+    """Each of the configurations once, and the targets that have it."""
+    distinct = {tuple(config.items()): config for config in configs.values()}
+    for config in distinct.values():
+        yield config, tuple(target for target in configs if configs[target] == config)
+
+
 def _compile_cases() -> list[tuple]:
     """What is launched at the sizes of the paper and at the edges of each form."""
     cases = []
     common = TYPES | STRIDE_TYPES
     for dtype in ("*bf16", "*fp16", "*fp32"):
         types, itemsize = common | {"logits_ptr": dtype}, 4 if dtype == "*fp32" else 2
-        for images, prototypes in ((512, 16384), (500, 16384), (128, 4096), (128, 1000), (16, 1024), (1, 1)):
+        shapes = (512, 16384), (500, 16384), (256, 16384), (128, 1000), (64, 4096), (16, 1024), (1, 1)
+        for images, prototypes in shapes:
             name = f"{dtype[1:]}, {images} images, {prototypes} prototypes"
-            configs = {target: columns_config(images, prototypes, itemsize, target) for target in TARGETS}
             for first, row_sums in ((True, True), (False, True), (False, False)):
-                step = types | {"row_parts_ptr": "*fp32", "FIRST": first, "ROW_SUMS": row_sums}
+                configs = {
+                    target: columns_config(images, prototypes, itemsize, target, first, row_sums) for target in TARGETS
+                }
+                step = types | {"FIRST": first, "ROW_SUMS": row_sums}
+                step |= dict.fromkeys(("row_parts_ptr", "last_row_ptr", "last_row_parts_ptr"), "*fp32")
                 what = f"{name}, {'first' if first else 'later'}{', row sums' if row_sums else ''}"
-                for config in (configs[90], configs[100]) if configs[90] != configs[100] else (configs[90],):
-                    targets = tuple(target for target in configs if configs[target] == config)
+                for config, targets in by_config(configs):
                     cases.append(compile_case(what, column_step_kernel, step, config, targets))
         for prototypes in (16384, 16000, 4096, 1000, 1):
             name = f"{dtype[1:]}, {prototypes} prototypes"
@@ -707,7 +783,7 @@ def _compile_cases() -> list[tuple]:
             for sums in (True, False):
                 step = types | {"column_parts_ptr": "*fp32", "COLUMN_SUMS": sums}
                 what = f"{name}{', column sums' if sums else ''}"
-                cases.append(compile_case(what, row_step_kernel, step, row_step_config(prototypes, itemsize)))
+                cases.append(compile_case(what, row_step_kernel, step, row_step_config(512, prototypes, itemsize)))
             for rows, gather, update in (
                 (None, True, True),
                 (None, True, False),

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from capi_kernels.clustering_triton import soft_cross_entropy
+from capi_kernels.clustering_triton import minus_gradient, soft_cross_entropy
 from capi_kernels.reference import Potentials
 from capi_kernels.sinkhorn_triton import (
     TYPES,
@@ -26,6 +26,12 @@ from capi_kernels.sinkhorn_triton import (
     row_strides,
     rows_config,
 )
+
+
+def student_rows_config(prototypes: int, itemsize: int, given: bool) -> dict[str, int | bool]:
+    """Half the warps for 16384 half precision logits whose targets are given: 64 elements a thread still fit."""
+    config = rows_config(prototypes)
+    return config | {"num_warps": 8} if given and itemsize == 2 and config["num_warps"] == 16 else config
 
 
 @triton.jit
@@ -66,7 +72,8 @@ def student_rows_kernel(
     logits = load_row(logits_ptr, prototypes, logits_stride_prototype, EVEN, BLOCK_PROTOTYPES)
     if rows_ptr is None:
         targets_ptrs = targets_ptr + index * targets_stride_image + offs.to(tl.int64) * targets_stride_prototype
-        targets = tl.load(targets_ptrs, mask=mask, other=0.0).to(tl.float32)
+        M = tl.load(targets_ptrs, mask=mask, other=0.0).to(tl.float32)
+        row = 1.0
     else:
         chosen = tl.load(rows_ptr + index).to(tl.int64)
         position = chosen % positions
@@ -80,8 +87,9 @@ def student_rows_kernel(
         M = row_exponentials(
             teacher, column_max_ptr, column_ptr, offs_position, prototypes, target_log2_scale, EVEN, BLOCK_PROTOTYPES
         )
-        targets = M * tl.load(row_ptr + position * images + image)
-    loss, minus_dz = soft_cross_entropy(logits, targets, log2_scale, temperature, mask)
+        row = tl.load(row_ptr + position * images + image)
+    loss, maximum, log2_normaliser, total = soft_cross_entropy(logits, M, row, log2_scale, temperature, mask)
+    minus_dz = minus_gradient(logits, M, row, maximum, log2_normaliser, total, log2_scale)
     tl.store(loss_ptr + index, loss)
     tl.store(minus_dz_ptr + index * prototypes + offs, minus_dz.to(minus_dz_ptr.dtype.element_ty), mask=mask)
 
@@ -120,7 +128,7 @@ def student_loss(
         log2_scale(temperature),
         temperature,
         GATHER=targets.ndim == 3,
-        **rows_config(prototypes),
+        **student_rows_config(prototypes, logits.itemsize, rows is None),
     )
     return loss.mean(), minus_dz
 
@@ -134,11 +142,13 @@ def _compile_cases() -> list[tuple]:
     given["column_stride_position"] = None
     for dtype in ("bf16", "fp16", "fp32"):
         for prototypes in (16384, 16000, 4096, 1000):
-            config, name = rows_config(prototypes), f"{dtype}, {prototypes} prototypes"
+            itemsize, name = 4 if dtype == "fp32" else 2, f"{dtype}, {prototypes} prototypes"
+            config = student_rows_config(prototypes, itemsize, given=False)
+            config_given = student_rows_config(prototypes, itemsize, given=True)
             types |= {"logits_ptr": f"*{dtype}", "minus_dz_ptr": f"*{dtype}"}
             stored = types | {"targets_ptr": "*fp32", "GATHER": False} | given
             made = types | {"targets_ptr": f"*{dtype}", "rows_ptr": "*i64", "column_stride_position": "i32"}
-            cases.append(compile_case(f"{name}, targets given", student_rows_kernel, stored, config))
+            cases.append(compile_case(f"{name}, targets given", student_rows_kernel, stored, config_given))
             for gather in (True, False):
                 what = f"{name}, targets of potentials{'' if gather else ', own logits'}"
                 cases.append(compile_case(what, student_rows_kernel, made | {"GATHER": gather}, config))

@@ -11,13 +11,14 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from capi_kernels import Potentials, clustering_triton, reference, sinkhorn, sinkhorn_potentials, sinkhorn_triton
-from capi_kernels.clustering_triton import clustering_head, head_rows
+from capi_kernels.clustering_triton import ChosenTargets, clustering_head, head_rows
 
 pytestmark = pytest.mark.usefixtures("guarded_memory")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # positions, images, prototypes, dim
 SHAPES = [(1, 1, 1, 1), (1, 5, 7, 3), (3, 4, 9, 5), (2, 9, 64, 8)]
 SEEDS = range(3)  # The loss is one number: several are judged together.
+MORE_SEEDS = range(16)  # Of half precision: two roundings of the features give errors of one size, but of any ratio.
 
 
 def draw(
@@ -98,10 +99,14 @@ def assert_defined(compared: list[tuple[dict, dict, dict]]) -> None:
 
 
 def assert_no_less_exact(compared: list[tuple[dict, dict, dict]]) -> None:
-    """What the definition loses through logits of half precision bounds what the head may lose, over all draws."""
+    """What the definition loses through logits of half precision bounds what the head may lose, over all draws.
+
+    By the root of the mean square: the loss is one number a draw, whose error is that of one rounding or another by
+    chance. (Of bfloat16 logits both lose 0.0024 over a hundred draws, but one may lose 3 times the other over three.)
+    """
     for name in compared[0][2]:
         errors = [[float((x[name].double() - oracle[name]).abs().max()) for x in pair] for *pair, oracle in compared]
-        error, budget = (max(column) for column in zip(*errors, strict=True))
+        error, budget = (math.hypot(*column) for column in zip(*errors, strict=True))
         assert all(actual[name].dtype == torch.float32 for actual, *_ in compared)
         assert error <= 2 * budget, name
 
@@ -141,7 +146,7 @@ def test_options() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)], ids=str)
 @pytest.mark.parametrize("positionwise", [True, False], ids=["positionwise", "together"])
 def test_half_features_meet_float32_weights(positionwise: bool, dtype: torch.dtype) -> None:
-    draws = [draw(3, 9, 64, 8, dtype, seed) for seed in SEEDS]
+    draws = [draw(3, 9, 64, 8, dtype, seed) for seed in MORE_SEEDS]
     assert_no_less_exact(results(draws, lambda *x: run(*x[:5], 2, *x[5:]), positionwise, (0.5, 0.5)))
 
 
@@ -184,9 +189,15 @@ def test_potentials_are_those_of_sinkhorn() -> None:
         assert error <= rounding * weight.norm(dim=-1).max() + rounding * bias.abs().max()
 
 
-def test_rows_write_their_gradient_over_the_logits_and_nothing_else() -> None:
-    """Large logits, a row without mass in its targets, and every place of a row that is chosen several times."""
-    positions, images, prototypes = 2, 9, 37  # more rows than a program has
+@pytest.mark.parametrize("ahead", range(4))
+def test_rows_write_their_gradient_over_the_logits_and_nothing_else(
+    ahead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large logits, a row without mass, two programs; every place of a row chosen several times, in two parts."""
+    default = clustering_triton.head_rows_config
+    options = {"AHEAD": ahead, "BIAS": ahead % 2 == 0}
+    monkeypatch.setattr(clustering_triton, "head_rows_config", lambda *shape: default(*shape) | options)
+    positions, images, prototypes = 2, 20, 37
     generator = torch.Generator().manual_seed(0)
     guard = torch.full((3, positions, images, prototypes), 7.0, device=DEVICE)
     logits = guard[1]
@@ -195,11 +206,14 @@ def test_rows_write_their_gradient_over_the_logits_and_nothing_else() -> None:
     before = logits.clone()
     potentials = sinkhorn_potentials(before, 2)  # as after the last but one iteration, column update included
     row = potentials.row.clone()
-    rows = torch.tensor([4, 0, 4], device=DEVICE)
-    chosen = torch.tensor([1, 0, 2], device=DEVICE)
-    start = torch.searchsorted(rows.sort()[0], torch.arange(positions * images + 1, device=DEVICE))
-    loss, targets = (torch.full(shape, math.nan, device=DEVICE) for shape in ((18,), (3, prototypes)))
-    head_rows(logits, potentials, loss, targets, chosen, start, 1.0, 0.5, 1e-8)
+    rows = torch.tensor([8, 0, 8, 39], device=DEVICE)  # image * positions + position
+    chosen = ChosenTargets(rows, positions, images, images, prototypes)
+    for part in range(2):
+        of_part = Potentials(*(x[part : part + 1] for x in potentials))
+        chosen.gather(part, part * images, logits[part : part + 1], of_part, 1.0, 1e-8)
+    assert torch.equal(potentials.row, row)
+    loss, dbias = torch.full((40,), math.nan, device=DEVICE), torch.full((1, prototypes), math.nan, device=DEVICE)
+    head_rows(logits, potentials, loss, dbias, 1.0, 0.5, 1e-8)
 
     M = reference.assignments_from_potentials(before.double(), Potentials(*potentials[:2], row))
     t = M / (M.sum(-1, keepdim=True) + 1e-8)
@@ -209,7 +223,8 @@ def test_rows_write_their_gradient_over_the_logits_and_nothing_else() -> None:
     expected.sum().backward()
     torch.testing.assert_close(loss.double(), expected.detach().flatten(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(-logits.double(), z.grad, rtol=0, atol=1e-5)
-    torch.testing.assert_close(targets.double(), t.flatten(0, 1)[[4, 0, 4]], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(-dbias[0].double(), z.grad.sum((0, 1)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(chosen.targets.double(), t.transpose(0, 1).flatten(0, 1)[rows], rtol=1e-4, atol=1e-6)
     assert (guard[0] == 7).all()
     assert (guard[2] == 7).all()
 
