@@ -433,8 +433,6 @@ def resident_backward(
 def _compile_cases() -> list:
     cases = []
     for dtype, head_dim, keys, indexed in product((torch.bfloat16, torch.float16), HEAD_DIMS, (64, 128), (False, True)):
-        if not indexed and head_dim <= 64:
-            continue  # `_short_backward_triton`
         config_of = partial(resident_backward_config, dtype, head_dim, keys)
         cases += compile_cases(resident_backward_kernel, dtype, head_dim, config_of, indexed)
     return cases

@@ -234,7 +234,7 @@ def short_backward_config(
     if block_k == 64:
         return Config(64, 64, 8)
     if capability < 90:
-        return Config(128, 128, 8) if head_dim <= 32 else None
+        return Config(128, 128, 8) if head_dim <= 32 and max_seqlen_q <= 128 else None
     if max_seqlen_q > 128 or capability != 90:
         return Config(128, 128, 8)
     # One program fills a processor: it loads the tiles of the next head while it computes, in 225 of an H100's 227 KiB.

@@ -167,7 +167,7 @@ def short_forward_config(
 ) -> Config | None:
     """None where the keys do not fit: too many, or float32, whose products take no matrix unit."""
     wide = head_dim > 64
-    if dtype == torch.float32 or max_seqlen_k > (128 if wide else 320):
+    if dtype == torch.float32 or max_seqlen_k > (128 if wide else 192 if capability < 90 else 320):
         return None
     if max_seqlen_q <= FEW and max_seqlen_k <= 128:
         # Eight warps: with four, an H100 has taken kernels of this kind (Triton 3.6.0) to wrong results.
@@ -183,7 +183,7 @@ def short_forward_config(
         return Config(64, 128, 4, tail=64)
     # The 256 patches of a whole image, then with its class token and registers.
     tail = next(n for n in (0, 16, 64) if max_seqlen_k <= 256 + n)
-    return Config(64, 256, 8 if tail == 64 and capability >= 100 else 4, tail=tail)
+    return Config(64, 256, 4 if capability == 90 else 8, tail=tail)
 
 
 def short_forward(x: Operands, config: Config) -> tuple[Tensor, Tensor]:
