@@ -29,7 +29,9 @@ class Inputs(NamedTuple):
     do: Tensor
 
     def in_dtype(self, dtype: torch.dtype) -> "Inputs":
-        tables = [x if x is None or dtype != torch.float64 else x.double() for x in self.tables]
+        """Tables as the kernels read them: those of 16-bit inputs in half precision."""
+        half = dtype in (torch.float16, torch.bfloat16)
+        tables = [x if x is None else x.half().float() if half else x.to(dtype) for x in self.tables]
         return self._replace(q=self.q.to(dtype), kv=self.kv.to(dtype), tables=tables, do=self.do.to(dtype))
 
 
