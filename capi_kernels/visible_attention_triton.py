@@ -1,13 +1,13 @@
 """o_i = sum_j softmax_j(rope(q_i) . rope(k_j) scale) v_j over the tokens of one image, and its gradients.
 
 Up to 320 tokens an image (128 in the backward) a program holds all keys and values of a head; longer images, and all in
-float32, pass in tiles (`_attention_launch`).
+float32, pass in tiles (`_attention_launch_triton`).
 """
 
 import torch
 from torch import Tensor
 
-from capi_kernels._attention_launch import attention_backward, attention_forward
+from capi_kernels._attention_launch_triton import attention_backward, attention_forward
 from capi_kernels._attention_triton import Operands, as_operand, operands
 
 

@@ -8,7 +8,7 @@ import triton
 from numerics import assert_draws_as_accurate
 from torch import Tensor
 
-from capi_kernels import _attention_launch, _attention_triton, _tiled_attention_triton, reference
+from capi_kernels import _attention_launch_triton, _attention_triton, _tiled_attention_triton, reference
 from capi_kernels._attention_triton import Config, count_readers, next_reader
 from capi_kernels._short_backward_triton import short_backward_config
 from capi_kernels._short_forward_triton import short_forward_config
@@ -95,9 +95,9 @@ def route(request, monkeypatch) -> str:
     """Every dtype and length through one set of kernels, in tiles small enough for short sequences to fill some."""
     forward, backward = ROUTES[request.param]
     resident = Config(16, 32, 4) if forward else None
-    monkeypatch.setattr(_attention_launch, "short_forward_config", lambda *_: forward)
-    monkeypatch.setattr(_attention_launch, "short_backward_config", lambda *x: None if x[4] else backward)
-    monkeypatch.setattr(_attention_launch, "resident_backward_config", lambda *_: resident)
+    monkeypatch.setattr(_attention_launch_triton, "short_forward_config", lambda *_: forward)
+    monkeypatch.setattr(_attention_launch_triton, "short_backward_config", lambda *x: None if x[4] else backward)
+    monkeypatch.setattr(_attention_launch_triton, "resident_backward_config", lambda *_: resident)
     for name in ("forward_config", "dq_config", "dkdv_config"):
         monkeypatch.setattr(_tiled_attention_triton, name, lambda *_: Config(16, 16, 4))
     return request.param
@@ -219,16 +219,16 @@ def test_gradients_of_saturated_rows(route, dtype, above, indexed):
 
 def test_short_forward_with_the_tiled_backward(monkeypatch):
     """As contexts of 129 to 320 tokens have it; one group has none."""
-    monkeypatch.setattr(_attention_launch, "short_forward_config", lambda *_: Config(16, 32, 4))
-    monkeypatch.setattr(_attention_launch, "short_backward_config", lambda *_: None)
-    monkeypatch.setattr(_attention_launch, "resident_backward_config", lambda *_: None)
+    monkeypatch.setattr(_attention_launch_triton, "short_forward_config", lambda *_: Config(16, 32, 4))
+    monkeypatch.setattr(_attention_launch_triton, "short_backward_config", lambda *_: None)
+    monkeypatch.setattr(_attention_launch_triton, "resident_backward_config", lambda *_: None)
     assert_accurate(draw((17, 1), (9, 0), 1, 16, torch.float16))
 
 
 def test_heads_share_a_program(monkeypatch):
     """Four heads a program, of queries and keys in one place, give the bits of one."""
     config = Config(32, 32, 4, heads=4, num_stages=2)
-    monkeypatch.setattr(_attention_launch, "short_backward_config", lambda *_: config)
+    monkeypatch.setattr(_attention_launch_triton, "short_backward_config", lambda *_: config)
     x = packed_inputs((9, 20), (9, 20), 4, 16, torch.float16)
     x = x._replace(tables=x.tables[:2] * 2, cu_seqlens=x.cu_seqlens[:1] * 2)
     assert _attention_triton.ENOUGH_PROGRAMS > 8
@@ -239,7 +239,7 @@ def test_heads_share_a_program(monkeypatch):
 
 def test_kv_index_is_a_gather(route, monkeypatch):
     """Reading contexts through the index gives the bits of contexts copied in its order, by the same kernels."""
-    monkeypatch.setattr(_attention_launch, "short_backward_config", lambda *_: None)
+    monkeypatch.setattr(_attention_launch_triton, "short_backward_config", lambda *_: None)
     x = packed_inputs((3, 8), (9, 20, 17), 2, 16, torch.float32, kv_index=(2, 0))
     out, dq, dk, dv = run(x)
     starts = x.cu_seqlens[1].tolist()

@@ -8,7 +8,7 @@ import torch
 from numerics import assert_draws_as_accurate
 from torch import Tensor
 
-from capi_kernels import _attention_launch, _attention_triton, _tiled_attention_triton, reference
+from capi_kernels import _attention_launch_triton, _attention_triton, _tiled_attention_triton, reference
 from capi_kernels._attention_triton import Config
 from capi_kernels._short_backward_triton import short_backward_config
 from capi_kernels._short_forward_triton import short_forward_config
@@ -85,9 +85,9 @@ def route(request, monkeypatch) -> str:
     """Every dtype and length through one set of kernels, in tiles small enough for short sequences to fill some."""
     forward, backward = ROUTES[request.param]
     resident = Config(16, 32, 4) if request.param == "resident" else None
-    monkeypatch.setattr(_attention_launch, "short_forward_config", lambda *_: forward)
-    monkeypatch.setattr(_attention_launch, "short_backward_config", lambda *_: backward)
-    monkeypatch.setattr(_attention_launch, "resident_backward_config", lambda *_: resident)
+    monkeypatch.setattr(_attention_launch_triton, "short_forward_config", lambda *_: forward)
+    monkeypatch.setattr(_attention_launch_triton, "short_backward_config", lambda *_: backward)
+    monkeypatch.setattr(_attention_launch_triton, "resident_backward_config", lambda *_: resident)
     for name in ("forward_config", "dq_config", "dkdv_config"):
         monkeypatch.setattr(_tiled_attention_triton, name, lambda *_: Config(16, 16, 4))
     return request.param
@@ -180,8 +180,8 @@ def test_heads_share_a_program(route, monkeypatch):
 @pytest.mark.parametrize("route", ["one tile"], indirect=True)
 def test_short_forward_with_tiled_backward(route, monkeypatch):
     """As images of 129 to 320 tokens have it."""
-    monkeypatch.setattr(_attention_launch, "short_backward_config", lambda *_: None)
-    monkeypatch.setattr(_attention_launch, "resident_backward_config", lambda *_: None)
+    monkeypatch.setattr(_attention_launch_triton, "short_backward_config", lambda *_: None)
+    monkeypatch.setattr(_attention_launch_triton, "resident_backward_config", lambda *_: None)
     assert_accurate(draw((17, 1), 1, 16, torch.float16))
 
 
