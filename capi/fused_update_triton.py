@@ -46,7 +46,8 @@ class FusedUpdate:
         corrections = {}
         for optimizer, betas in self.betas.items():
             steps = [state["step"] for state in optimizer.state.values()]
-            torch._foreach_add_(steps, 1 - found_inf)
+            # As a list: a single tensor would be read for the number that it is, and the host wait for the GPU.
+            torch._foreach_add_(steps, [1 - found_inf] * len(steps))
             corrections[optimizer] = 1 - betas ** steps[0].double()  # All parameters have taken the same steps.
         for group in self.groups:
             table, aligned = group.table()

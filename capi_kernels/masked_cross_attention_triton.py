@@ -1,7 +1,8 @@
 """o_i = sum_j softmax_j(rope(q_i) . rope(k_j) scale) v_j over the context that i's group reads, and its gradients.
 
 Few queries over about a hundred keys: a program holds all keys and values of a head of a context, up to 320 (128 in the
-backward), whose programs own them: no atomics. Longer contexts and all in float32 pass in tiles (`_attention_launch_triton`).
+backward), whose programs own them: no atomics. Longer contexts and all in float32 pass in tiles
+(`_attention_launch_triton`).
 """
 
 import torch

@@ -6,7 +6,9 @@ import pytest
 import torch
 from tiny_runs import FIXED, draw_batches, load_tiniest
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from capi import fused_update_triton
 from capi.casting import WeightCopies, cast_weights
 from capi.config import ClusteringConfig, ModelConfig, OptimConfig
 from capi.distributed import World
@@ -117,6 +119,21 @@ def test_the_same_bits_twice_and_the_average_at_its_ends() -> None:
     cases[0].step(3)  # Momentum 0.
     student = cases[0].model.student.state_dict()
     assert all(torch.equal(x, student[name]) for name, x in cases[0].model.student_ema.state_dict().items())
+
+
+class ReadsNothing(TorchDispatchMode):
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        assert op is not torch.ops.aten._local_scalar_dense.default, "a value was read"
+        return op(*args, **(kwargs or {}))
+
+
+def test_the_host_reads_no_value_of_the_device(monkeypatch) -> None:
+    """It would wait for the whole step."""
+    case = Case(True, 8, CPU, None)
+    case.step(0)
+    monkeypatch.setattr(fused_update_triton, "adamw_", lambda *_, **__: None)  # The interpreter reads.
+    with ReadsNothing():
+        case.update(0.9, torch.zeros(()))
 
 
 def test_a_state_goes_from_one_form_to_the_other() -> None:
