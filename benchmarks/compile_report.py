@@ -1,11 +1,9 @@
 """Registers, spills and shared memory of every default kernel configuration, compiled for GPUs that need not be here.
 
-    python benchmarks/compile_report.py                # writes benchmarks/results/compile.md
-    python benchmarks/compile_report.py --check 80 90  # writes nothing; fails on a spill, or too much shared memory
+    python -m benchmarks.compile_report                # writes benchmarks/results/compile.md
+    python -m benchmarks.compile_report --check 80 90  # writes nothing; fails on a spill, or too much shared memory
 
-A kernel file lists what its launchers launch as COMPILE_CASES: (name, kernel, arguments, options) and, where not every
-GPU gets it, the targets. `arguments` gives each parameter of the kernel its type ("*bf16", "i32", "fp32"; "i64?" is one
-that 16 need not divide) or its constexpr value, `options` what the compiler is told.
+The configurations are those of `benchmarks/compile_cases`.
 """
 
 import argparse
@@ -27,17 +25,7 @@ from triton.compiler import ASTSource
 
 from capi_kernels._capability import TARGETS
 
-MODULES = (
-    "sinkhorn_triton",
-    "clustering_triton",
-    "student_loss_triton",
-    "_short_forward_triton",
-    "_short_backward_triton",
-    "_attention_triton",
-    "cross_attention_weights_triton",
-    "_tiled_attention_triton",
-    "adamw_triton",
-)
+FAMILIES = ("heads", "attention", "optimizer")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # What a program may have.
 REPORT = Path(__file__).parent / "results/compile.md"
@@ -70,31 +58,31 @@ def usage(kernel, arguments: dict, options: dict, target: int) -> Usage:
     return Usage(int(fields["REG"]), int(fields["STACK"]), compiled.metadata.shared)
 
 
-def chosen(modules: list[str], targets: list[int], sample: bool) -> dict[tuple[str, int], list[int]]:
-    """The targets for which to compile each case, (module, index).
+def chosen(families: list[str], targets: list[int], sample: bool) -> dict[tuple[str, int], list[int]]:
+    """The targets for which to compile each case, (family, index).
 
     A sample is one of each kernel and type of data: the last for the first target, the median for the others.
     """
     cases = {}
-    for module in modules:
+    for family in families:
         for target in targets:
             kinds = {}
-            for index, (name, kernel, _, _, *only) in enumerate(cases_of(module)):
+            for index, (name, kernel, _, _, *only) in enumerate(cases_of(family)):
                 if not only or target in only[0]:
                     kinds.setdefault((kernel, name.split()[0]) if sample else index, []).append(index)
             for indices in kinds.values():
                 index = indices[-1 if target == targets[0] else (len(indices) - 1) // 2]
-                cases.setdefault((module, index), []).append(target)
-    return {case: cases[case] for case in sorted(cases, key=lambda case: (modules.index(case[0]), case[1]))}
+                cases.setdefault((family, index), []).append(target)
+    return {case: cases[case] for case in sorted(cases, key=lambda case: (families.index(case[0]), case[1]))}
 
 
-def cases_of(module: str) -> list[tuple]:
-    return importlib.import_module(f"capi_kernels.{module}").COMPILE_CASES
+def cases_of(family: str) -> list[tuple]:
+    return importlib.import_module(f"benchmarks.compile_cases.{family}").CASES
 
 
-def row(module: str, index: int, wanted: list[int], targets: list[int]) -> tuple[str, list[str]]:
+def row(family: str, index: int, wanted: list[int], targets: list[int]) -> tuple[str, list[str]]:
     """A line of the table, and what is wrong in it."""
-    name, kernel, arguments, options, *_ = cases_of(module)[index]
+    name, kernel, arguments, options, *_ = cases_of(family)[index]
     cells, faults = [], []
     for target in targets:
         if target not in wanted:
@@ -115,7 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("targets", nargs="*", type=int, default=TARGETS, metavar="CAPABILITY")
     parser.add_argument("--check", action="store_true", help="write no report")
-    parser.add_argument("--modules", nargs="+", default=MODULES, help="files of capi_kernels")
+    parser.add_argument("--families", nargs="+", default=FAMILIES, help="files of benchmarks/compile_cases")
     parser.add_argument("--sample", action="store_true", help="one configuration of each kernel and type of data")
     arguments = parser.parse_args()
 
@@ -123,14 +111,14 @@ def main() -> None:
         "# Compiled offline",
         "",
         f"Triton {triton.__version__}; registers a thread / bytes spilled a thread / KiB of shared memory a program.",
-        "Made by `python benchmarks/compile_report.py`.",
+        "Made by `python -m benchmarks.compile_report`.",
         "",
         "| kernel | configuration | warps | " + " | ".join(f"sm_{target}" for target in arguments.targets) + " |",
         "|---|---|---|" + "---|" * len(arguments.targets),
     ]
     faults = []
     with ProcessPoolExecutor() as pool:
-        cases = chosen(arguments.modules, arguments.targets, arguments.sample)
+        cases = chosen(arguments.families, arguments.targets, arguments.sample)
         rows = [pool.submit(row, *case, wanted, arguments.targets) for case, wanted in cases.items()]
         for future in rows:
             line, wrong = future.result()

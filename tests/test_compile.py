@@ -14,7 +14,6 @@ from torch import Tensor
 from capi_kernels import Potentials, sinkhorn_potentials
 
 OPS = torch.ops.capi_kernels
-REPORT = Path(__file__).parents[1] / "benchmarks/compile_report.py"
 
 
 def run_python(*arguments: str | Path, environment: dict[str, str] | None = None) -> str:
@@ -24,11 +23,13 @@ def run_python(*arguments: str | Path, environment: dict[str, str] | None = None
 
 
 def test_no_default_configuration_spills() -> None:
-    """One of each kernel and type of data, thrice; `python benchmarks/compile_report.py` compiles them all."""
+    """One of each kernel and type of data, thrice; `python -m benchmarks.compile_report` compiles them all."""
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(REPORT.parents[1])
-    lines = run_python(REPORT, "--check", "--sample", "80", "90", "120", environment=environment).splitlines()
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    lines = run_python(
+        "-m", "benchmarks.compile_report", "--check", "--sample", "80", "90", "120", environment=environment
+    ).splitlines()
     compiled = {(kernel.strip(), name.split()[0].rstrip(",")) for _, kernel, name, *_ in (x.split("|") for x in lines)}
     half, every = ("bf16", "fp16"), ("bf16", "fp16", "fp32")
     for types, kernels in (
