@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from numerics import assert_draws_as_accurate
+from numerics import assert_draws_as_accurate, peak_allocation
 from pages import DOCS, run_page
 from torch import Tensor
 
@@ -52,7 +52,7 @@ def test_lightly_capi_loss(adapters, dtype) -> None:
 
         def loss_and_gradient(loss, dtype: torch.dtype) -> list[Tensor]:
             logits = student.to(dtype).requires_grad_()
-            value = loss(teacher.to(dtype), logits, index)
+            value = loss(teacher.to(dtype), logits, index, 0.1, 0.2)
             return [value.detach(), *torch.autograd.grad(value, logits)]
 
         ours = loss_and_gradient(adapters["lightly_capi_loss"], dtype)
@@ -62,6 +62,12 @@ def test_lightly_capi_loss(adapters, dtype) -> None:
         return ours, same_dtype, loss_and_gradient(lightly_loss, torch.float64)
 
     assert_draws_as_accurate(versions(seed) for seed in range(4))
+
+
+def test_lightly_capi_loss_makes_no_matrix_of_assignments(adapters) -> None:
+    teacher, student = torch.randn(16, 144, 2048), torch.randn(16, 2, 2048)
+    index = torch.arange(32).view(16, 2)
+    assert peak_allocation(lambda: adapters["lightly_capi_loss"](teacher, student, index)) < teacher.nbytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -120,5 +126,11 @@ def test_swav_distributed_sinkhorn(adapters, iterations) -> None:
 def test_each_adapter_is_timed_with_arguments_that_it_takes(adapters) -> None:
     timed = {drop_in.adapter for drop_in in drop_ins.DROP_INS}
     assert timed == {name for name, value in adapters.items() if getattr(value, "__module__", "") == "drop_ins"}
-    small = drop_ins.DropIn("", swav_sinkhorn, "", "", lambda: (torch.rand(8, 5), 0.05))
+    small = drop_ins.DropIn(swav_sinkhorn, "swav_assignments", "8 samples x 5", lambda: (torch.rand(8, 5),))
     assert all(taken > 0 for taken in drop_ins.compare(small, adapters["swav_assignments"], rounds=2))
+
+
+def test_the_page_shows_what_was_measured() -> None:
+    results = (DOCS.parent / "benchmarks" / "results" / "cpu_drop_ins.md").read_text().splitlines()
+    page = (DOCS / "drop_ins.md").read_text()
+    assert all(line in page for line in results if line.startswith("|"))
