@@ -1,7 +1,7 @@
 """The ops of CAPI: position-wise Sinkhorn, both heads' losses, and attention over packed tokens with 2-D rotary."""
 
 from capi_kernels import reference
-from capi_kernels._rotary import apply_rotary, rotary_tables
+from capi_kernels.attention.rotary import apply_rotary, rotary_tables
 from capi_kernels.clustering import clustering_head, clustering_targets
 from capi_kernels.cross_attention_weights import cross_attention_weights
 from capi_kernels.masked_cross_attention import masked_cross_attention, masked_cross_attention_kvpacked

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from capi_kernels._rotary import rotate
+from capi_kernels.attention.rotary import rotate
 
 
 class Layout(NamedTuple):

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from capi_kernels._attention_cpu import attention, attention_backward
+from capi_kernels.attention.cpu import attention, attention_backward
 from capi_kernels._autocast import cast_inputs, register_autocast
 from capi_kernels._checks import (
     check_cu_seqlens,

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from capi_kernels._rotary import rotate
+from capi_kernels.attention.rotary import rotate
 
 LONG = 256  # Keys from which the tiled backward is the faster one.
 CACHED = 2**17  # Weights formed at a time in the other: half a MiB.

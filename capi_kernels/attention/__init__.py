@@ -1,0 +1,1 @@
+"""Attention over packed tokens with the rotary embedding of CAPI."""
