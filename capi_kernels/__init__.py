@@ -1,14 +1,19 @@
 """The ops of CAPI: position-wise Sinkhorn, both heads' losses, and attention over packed tokens with 2-D rotary."""
 
 from capi_kernels import reference
-from capi_kernels.attention.rotary import apply_rotary, rotary_tables
+from capi_kernels.attention import (
+    apply_rotary,
+    cross_attention_weights,
+    masked_cross_attention,
+    masked_cross_attention_kvpacked,
+    rotary_tables,
+    visible_attention,
+    visible_attention_qkvpacked,
+)
 from capi_kernels.clustering import clustering_head, clustering_targets
-from capi_kernels.cross_attention_weights import cross_attention_weights
-from capi_kernels.masked_cross_attention import masked_cross_attention, masked_cross_attention_kvpacked
 from capi_kernels.reference import ClusteringHead, Potentials, TargetRows
 from capi_kernels.sinkhorn import assignments_from_potentials, sinkhorn_positionwise, sinkhorn_potentials
 from capi_kernels.student_loss import student_loss
-from capi_kernels.visible_attention import visible_attention, visible_attention_qkvpacked
 
 __version__ = "0.1.0"
 

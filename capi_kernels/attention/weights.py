@@ -14,12 +14,12 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from capi_kernels._autocast import cast_inputs, register_autocast
 from capi_kernels._checks import check_heads, check_shape, check_tensor
-from capi_kernels._padded_weights import (
+from capi_kernels.attention.masked_cross import check_operands
+from capi_kernels.attention.padded_weights import (
     padded_attention_weights,
     padded_attention_weights_backward,
     padded_operands,
 )
-from capi_kernels.masked_cross_attention import check_operands
 
 OPERANDS = (
     "Tensor q, Tensor k, Tensor? q_cos, Tensor? q_sin, Tensor? k_cos, Tensor? k_sin, Tensor cu_seqlens_q,"
@@ -48,18 +48,18 @@ def _(dweights, weights, q, k, *operands):
 
 @torch.library.impl(OP, "CUDA")
 def _(*operands):
-    from capi_kernels.cross_attention_weights_triton import cross_attention_weights_forward
+    from capi_kernels.attention.weights_triton import weights_forward
 
     with torch.cuda.device_of(operands[0]):
-        return cross_attention_weights_forward(*operands)
+        return weights_forward(*operands)
 
 
 @torch.library.impl(f"{OP}_backward", "CUDA")
 def _(dweights, *operands):
-    from capi_kernels.cross_attention_weights_triton import cross_attention_weights_backward
+    from capi_kernels.attention.weights_triton import weights_backward
 
     with torch.cuda.device_of(dweights):
-        return cross_attention_weights_backward(dweights, *operands)
+        return weights_backward(dweights, *operands)
 
 
 @torch.library.register_fake(OP)

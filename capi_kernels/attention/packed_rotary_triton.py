@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from capi_kernels._rotary_triton import load_channels, padded, store_channels
+from capi_kernels.attention.memory_triton import Heads, load_head, padded, padded_half, store_head
+from capi_kernels.attention.rotary_triton import load_halves
 
 PACK_TOKENS = 64
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -21,18 +22,16 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 @no_type_check
-def pack_kernel(
-    cos_ptr, sin_ptr, table_ptr, tokens, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_TOKENS: tl.constexpr
-):
+def pack_kernel(cos_ptr, sin_ptr, table_ptr, tokens, HEAD_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr):
     """One program per block of tokens."""
     token = tl.program_id(0) * BLOCK_TOKENS
     mask = tl.arange(0, BLOCK_TOKENS) < tokens - token
-    cos = load_channels(cos_ptr, token, mask, HEAD_DIM, 0, HEAD_DIM, BLOCK_D)
-    sin = load_channels(sin_ptr, token, mask, HEAD_DIM, 0, HEAD_DIM, BLOCK_D)
-    sin = tl.where((tl.arange(0, BLOCK_D) < HEAD_DIM // 2)[None, :], -sin, sin)
+    cos = load_head(Heads(cos_ptr, HEAD_DIM, 0), token, mask, HEAD_DIM)
+    sin = load_head(Heads(sin_ptr, HEAD_DIM, 0), token, mask, HEAD_DIM)
+    sin = tl.where((tl.arange(0, padded(HEAD_DIM)) < HEAD_DIM // 2)[None, :], -sin, sin)
     low = cos.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
     high = sin.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) << 16
-    store_channels(table_ptr, low | high, token, mask, HEAD_DIM, 0, HEAD_DIM, BLOCK_D)
+    store_head(Heads(table_ptr, HEAD_DIM, 0), low | high, token, mask, HEAD_DIM)
 
 
 def pack_tables(cos: Tensor | None, sin: Tensor | None) -> Tensor | None:
@@ -42,13 +41,7 @@ def pack_tables(cos: Tensor | None, sin: Tensor | None) -> Tensor | None:
     tokens, head_dim = cos.shape
     table = cos.new_empty(cos.shape, dtype=torch.int32)
     pack_kernel[(triton.cdiv(tokens, PACK_TOKENS),)](
-        cos,
-        sin,
-        table,
-        tokens,
-        HEAD_DIM=head_dim,
-        BLOCK_D=padded(head_dim),
-        BLOCK_TOKENS=PACK_TOKENS,
+        *(cos, sin, table, tokens, head_dim, PACK_TOKENS),
         num_warps=4,
         num_stages=1,
         enable_fp_fusion=True,
@@ -67,14 +60,13 @@ def unpack(word):
 
 @triton.jit
 @no_type_check
-def load_words(table_ptr, token, mask, HEAD_DIM: tl.constexpr, BLOCK_HALF: tl.constexpr):
-    """The table of len(mask) tokens, 2 x [len(mask), BLOCK_HALF]; zeros, which nobody reads, where there is none."""
+def load_words(table_ptr, token, mask, HEAD_DIM: tl.constexpr):
+    """The halves of the table of len(mask) tokens; zeros, which nobody reads, where there is none."""
     if table_ptr is None:
         return 0, 0
     else:
-        HALF: tl.constexpr = HEAD_DIM // 2
-        word1 = load_channels(table_ptr, token, mask, HEAD_DIM, 0, HALF, BLOCK_HALF)
-        return word1, load_channels(table_ptr, token, mask, HEAD_DIM, HALF, HALF, BLOCK_HALF)
+        word1 = load_head(Heads(table_ptr, HEAD_DIM, 0), token, mask, HEAD_DIM, 1)
+        return word1, load_head(Heads(table_ptr, HEAD_DIM, 0), token, mask, HEAD_DIM, 2)
 
 
 @triton.jit
@@ -103,27 +95,15 @@ def pinned(x):
 
 @triton.jit
 @no_type_check
-def load_head(
-    x_ptr,
-    token,
-    mask,
-    stride_token,
-    word1,
-    word2,
-    ROTARY: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-):  # -> [len(mask), 2 * BLOCK_HALF]
+def load_rotated_by(x, token, mask, words, ROTARY: tl.constexpr, HEAD_DIM: tl.constexpr):
     """A head of len(mask) tokens, its halves padded each by itself, rotated in float32."""
-    HALF: tl.constexpr = (HEAD_DIM + 1) // 2  # An odd head has no tables.
-    if not ROTARY and HEAD_DIM == 2 * BLOCK_HALF:
-        return load_channels(x_ptr, token, mask, stride_token, 0, HEAD_DIM, HEAD_DIM)
+    if not ROTARY and 2 * padded_half(HEAD_DIM) == HEAD_DIM:
+        return load_head(x, token, mask, HEAD_DIM)
     else:
-        x1 = load_channels(x_ptr, token, mask, stride_token, 0, HALF, BLOCK_HALF)
-        x2 = load_channels(x_ptr, token, mask, stride_token, HALF, HEAD_DIM - HALF, BLOCK_HALF)
+        x1, x2 = load_halves(x, token, mask, HEAD_DIM)
         if ROTARY:
-            cos1, sin1 = unpack(word1)
-            cos2, sin2 = unpack(word2)
+            cos1, sin1 = unpack(words[0])
+            cos2, sin2 = unpack(words[1])
             y1 = (x1 * cos1 + x2 * sin1).to(x1.dtype)
             y2 = (x2 * cos2 + x1 * sin2).to(x2.dtype)
             x1, x2 = y1, y2
@@ -132,42 +112,28 @@ def load_head(
 
 @triton.jit
 @no_type_check
-def load_rotated_head(x_ptr, table_ptr, token, mask, stride_token, HEAD_DIM: tl.constexpr, BLOCK_HALF: tl.constexpr):
+def load_rotated_head(x, table_ptr, token, mask, HEAD_DIM: tl.constexpr):
     """The same, of words that nothing else needs."""
-    word1, word2 = load_words(table_ptr, token, mask, HEAD_DIM, BLOCK_HALF)
-    return load_head(x_ptr, token, mask, stride_token, word1, word2, table_ptr is not None, HEAD_DIM, BLOCK_HALF)
+    words = load_words(table_ptr, token, mask, HEAD_DIM)
+    return load_rotated_by(x, token, mask, words, table_ptr is not None, HEAD_DIM)
 
 
 @triton.jit
 @no_type_check
-def store_gradient(
-    x_ptr,
-    g,
-    token,
-    mask,
-    stride_token,
-    word1,
-    word2,
-    ROTARY: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-):
+def store_gradient(x, g, token, mask, words, ROTARY: tl.constexpr, HEAD_DIM: tl.constexpr):
     """The transpose of the rotation, not its inverse: dx_j = g_j cos_j + g_partner sin_partner."""
-    HALF: tl.constexpr = (HEAD_DIM + 1) // 2
     g1, g2 = apart(g)
     if ROTARY:
-        cos1, sin1 = unpack(word1)
-        cos2, sin2 = unpack(word2)
+        cos1, sin1 = unpack(words[0])
+        cos2, sin2 = unpack(words[1])
         g1, g2 = g1 * cos1 + g2 * sin2, g2 * cos2 + g1 * sin1
-    store_channels(x_ptr, g1, token, mask, stride_token, 0, HALF, BLOCK_HALF)
-    store_channels(x_ptr, g2, token, mask, stride_token, HALF, HEAD_DIM - HALF, BLOCK_HALF)
+    store_head(x, g1, token, mask, HEAD_DIM, 1)
+    store_head(x, g2, token, mask, HEAD_DIM, 2)
 
 
 @triton.jit
 @no_type_check
-def store_rotated_gradient(
-    x_ptr, g, table_ptr, token, mask, stride_token, HEAD_DIM: tl.constexpr, BLOCK_HALF: tl.constexpr
-):
+def store_rotated_gradient(x, g, table_ptr, token, mask, HEAD_DIM: tl.constexpr):
     """The same, of words that nothing else needs."""
-    word1, word2 = load_words(table_ptr, token, mask, HEAD_DIM, BLOCK_HALF)
-    store_gradient(x_ptr, g, token, mask, stride_token, word1, word2, table_ptr is not None, HEAD_DIM, BLOCK_HALF)
+    words = load_words(table_ptr, token, mask, HEAD_DIM)
+    store_gradient(x, g, token, mask, words, table_ptr is not None, HEAD_DIM)
