@@ -11,6 +11,7 @@ from torch import Tensor
 
 from capi_kernels import (
     ClusteringHead,
+    Potentials,
     assignments_from_potentials,
     clustering_head,
     clustering_targets,
@@ -43,35 +44,31 @@ def own(features: Tensor, rows: Tensor) -> Tensor:
     return features[rows % len(features), rows // len(features)]
 
 
-def run(head, features: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, **options) -> dict[str, Tensor]:
-    """Loss, gradients, and what the definition makes of the potentials: the assignments of the rows."""
+def run(head, features: Tensor, weight: Tensor, bias: Tensor | None, **options) -> dict[str, Tensor]:
+    """Loss and gradients."""
     weight = weight.detach().requires_grad_()
     bias = None if bias is None else bias.detach().requires_grad_()
-    loss, potentials = head(features, weight, bias, **options)
+    loss, _ = head(features, weight, bias, **options)
     (3 * loss).backward()
-    temperature = options.get("target_temperature", 0.06)
-    targets = reference.clustering_targets(
-        own(features, rows), weight, bias, potentials, rows, target_temperature=temperature
-    )
-    results = {"loss": loss.detach(), "targets": targets, "dweight": weight.grad}
+    results = {"loss": loss.detach(), "dweight": weight.grad}
     return results if bias is None else results | {"dbias": bias.grad}
 
 
-Draw = tuple[Tensor, Tensor, Tensor | None, Tensor]
+Draw = tuple[Tensor, Tensor, Tensor | None, Tensor]  # The rows are for the targets.
 
 
 def assert_defined(head: Callable[..., ClusteringHead], draws: Iterable[Draw], **options) -> None:
-    """Loss, targets and gradients of all draws together, in float32 and in float64."""
+    """Loss and gradients of all draws together, in float32 and in float64."""
     compared = []
     definition = {name: option for name, option in options.items() if name != "position_chunk"}
-    for *inputs, rows in draws:
+    for *inputs, _ in draws:
         wide = [x if x is None else x.double() for x in inputs]
-        oracle = run(reference.clustering_head, *wide, rows, **definition)
-        single = least_exact(partial(run, reference.clustering_head, *inputs, rows, **definition), oracle)
-        actual = run(head, *inputs, rows, **options)
+        oracle = run(reference.clustering_head, *wide, **definition)
+        single = least_exact(partial(run, reference.clustering_head, *inputs, **definition), oracle)
+        actual = run(head, *inputs, **options)
         assert actual.keys() == oracle.keys()
         compared.append([list(x.values()) for x in (actual, single, oracle)])
-        for name, result in run(head, *wide, rows, **options).items():
+        for name, result in run(head, *wide, **options).items():
             torch.testing.assert_close(result, oracle[name], rtol=1e-11, atol=1e-12)
     assert_draws_as_accurate(compared)
 
@@ -79,7 +76,7 @@ def assert_defined(head: Callable[..., ClusteringHead], draws: Iterable[Draw], *
 @pytest.mark.parametrize("positionwise", [True, False], ids=["positionwise", "together"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("chunk", [1, 2, None])
-def test_loss_targets_and_gradients_match_the_definition(
+def test_loss_and_gradients_match_the_definition(
     shape: tuple[int, ...], positionwise: bool, chunk: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if chunk == 1:
@@ -111,11 +108,11 @@ def test_bfloat16_features_meet_float32_weights(positionwise: bool) -> None:
     options = {"positionwise": positionwise, "target_temperature": 0.5, "prediction_temperature": 0.5}
     errors = {}
     for seed in SEEDS:
-        features, weight, bias, rows = draw(5, 16, 40, 8, seed=seed)
+        features, weight, bias, _ = draw(5, 16, 40, 8, seed=seed)
         half = features.bfloat16()
-        oracle = run(reference.clustering_head, half.double(), weight.double(), bias.double(), rows, **options)
-        single = least_exact(partial(run, reference.clustering_head, half, weight, bias, rows, **options), oracle)
-        actual = run(clustering_head, half, weight, bias, rows, **options)
+        oracle = run(reference.clustering_head, half.double(), weight.double(), bias.double(), **options)
+        single = least_exact(partial(run, reference.clustering_head, half, weight, bias, **options), oracle)
+        actual = run(clustering_head, half, weight, bias, **options)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             autocast = clustering_head(half.float(), weight, bias, **options)
         assert torch.equal(autocast.loss, actual["loss"])
@@ -237,19 +234,18 @@ def test_gradients_reach_weight_and_bias_alone() -> None:
 
 
 def test_properties() -> None:
-    features, weight, bias, rows = draw(6, 8, 9, 5, dtype=torch.float64)
+    features, weight, bias, _ = draw(6, 8, 9, 5, dtype=torch.float64)
     before = features.clone(), weight.clone(), bias.clone()
-    first = run(clustering_head, features, weight, bias, rows, position_chunk=2)
-    second = run(clustering_head, features, weight, bias, rows, position_chunk=2)
+    first = run(clustering_head, features, weight, bias, position_chunk=2)
+    second = run(clustering_head, features, weight, bias, position_chunk=2)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert all(torch.equal(x, y) for x, y in zip((features, weight, bias), before, strict=True))
-    contiguous = run(clustering_head, features.contiguous(), weight, bias, rows, position_chunk=2)
+    contiguous = run(clustering_head, features.contiguous(), weight, bias, position_chunk=2)
     assert all(torch.equal(first[name], contiguous[name]) for name in first)
 
     images = torch.tensor([3, 1, 5, 0, 7, 2, 4, 6])
-    moved = images.argsort()[rows // 6] * 6 + rows % 6
-    permuted = run(clustering_head, features[:, images], weight, bias, moved)
-    scaled = run(clustering_head, features * 7, weight, bias, rows)
+    permuted = run(clustering_head, features[:, images], weight, bias)
+    scaled = run(clustering_head, features * 7, weight, bias)
     for name in first:
         torch.testing.assert_close(permuted[name], first[name], rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(scaled[name], first[name], rtol=1e-10, atol=1e-12)
@@ -257,11 +253,11 @@ def test_properties() -> None:
 
 def test_float64_stays_under_autocast() -> None:
     features, weight, bias, rows = draw(6, 4, 9, 5, dtype=torch.float64)
-    expected = run(clustering_head, features, weight, bias, rows)
+    expected = run(clustering_head, features, weight, bias)
     potentials = clustering_head(features, weight, bias).potentials
     targets = clustering_targets(own(features, rows), weight, bias, potentials, rows)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        actual = run(clustering_head, features, weight, bias, rows)
+        actual = run(clustering_head, features, weight, bias)
         assert torch.equal(clustering_targets(own(features, rows), weight, bias, potentials, rows), targets)
     assert all(torch.equal(actual[name], x) for name, x in expected.items())
 
@@ -342,11 +338,15 @@ def compare_with_one_process(rank: int, folder: Path) -> None:
     for positionwise in (True, False):
         for chunk in (None, 4):
             options = {"positionwise": positionwise, "position_chunk": chunk}
-            whole = run(clustering_head, features, weight, bias, torch.arange(48), **options, **alone)
-            part = run(clustering_head, features[:, mine], weight, bias, torch.arange(6 * images), **options)
-            torch.testing.assert_close(
-                part["targets"], whole["targets"].unflatten(0, (8, 6))[mine].flatten(0, 1), rtol=0, atol=1e-12
-            )
+            rows = torch.arange(6 * images)
+            column_max, column, row = clustering_head(features, weight, bias, **options, **alone).potentials
+            expected = Potentials(column_max, column, row[:, mine])
+            potentials = clustering_head(features[:, mine], weight, bias, **options).potentials
+            layer = own(features[:, mine], rows), weight, bias
+            actual, expected = (clustering_targets(*layer, given, rows) for given in (potentials, expected))
+            torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+            whole = run(clustering_head, features, weight, bias, **options, **alone)
+            part = run(clustering_head, features[:, mine], weight, bias, **options)
             for name in ("loss", "dweight", "dbias"):  # local means: weighted by their tokens they make the global one
                 weighted = part[name] * (images / 8)
                 torch.distributed.all_reduce(weighted)

@@ -26,32 +26,19 @@ MORE_SEEDS = range(16)  # Of half precision: two roundings of the features give 
 def draw(
     positions: int, images: int, prototypes: int, dim: int, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> tuple[Tensor, ...]:
-    """Features (a transposed view) in `dtype`; float32 weight and bias; unsorted rows with repeats."""
+    """Features (a transposed view) in `dtype`; float32 weight and bias."""
     generator = torch.Generator().manual_seed(positions + images + 1000 * seed)
     features, weight, bias = (
         torch.randn(shape, generator=generator).to(DEVICE)
         for shape in ((images, positions, dim), (prototypes, dim), (prototypes,))
     )
-    rows = torch.randint(positions * images, (7,), generator=generator).to(DEVICE)
-    return features.to(dtype).transpose(0, 1), weight, bias, rows
-
-
-def own_targets(
-    features: Tensor, weight: Tensor, bias: Tensor | None, potentials: Potentials, rows: Tensor, temperature: float
-) -> Tensor:
-    """What the definition makes of the potentials: the assignments of the rows image * positions + position."""
-    own = features[rows % len(features), rows // len(features)]
-    if len(potentials.row) != len(features):  # of all positions as one
-        column_max, column = (x.expand(len(features), -1) for x in potentials[:2])
-        potentials = Potentials(column_max, column, potentials.row.view(features.shape[:2]))
-    return reference.clustering_targets(own, weight, bias, potentials, rows, target_temperature=temperature)
+    return features.to(dtype).transpose(0, 1), weight, bias
 
 
 def run(
     features: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    rows: Tensor,
     positionwise: bool,
     chunk: int | None = None,
     temperatures: tuple[float, float] = (0.06, 0.12),
@@ -61,15 +48,13 @@ def run(
     loss, potentials, dweight, dbias = clustering_head(
         features, weight, bias, *temperatures, n_iterations, eps, positionwise, chunk, None, features.dtype
     )
-    targets = own_targets(features, weight, bias, potentials, rows, temperatures[0])
-    return {"loss": loss, "targets": targets, "dweight": dweight, "dbias": dbias, **potentials._asdict()}
+    return {"loss": loss, "dweight": dweight, "dbias": dbias, **potentials._asdict()}
 
 
 def defined(
     features: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    rows: Tensor,
     positionwise: bool,
     temperatures: tuple[float, float] = (0.06, 0.12),
     n_iterations: int = 3,
@@ -79,7 +64,7 @@ def defined(
     bias = torch.zeros_like(weight[:, 0]) if bias is None else bias
     bias = bias.detach().requires_grad_()
     target_temperature, prediction_temperature = temperatures
-    loss, potentials = reference.clustering_head(
+    loss, _ = reference.clustering_head(
         features,
         weight,
         bias,
@@ -90,20 +75,19 @@ def defined(
         positionwise=positionwise,
     )
     loss.backward()
-    targets = own_targets(features, weight, bias, potentials, rows, target_temperature)
-    return {"loss": loss.detach(), "targets": targets, "dweight": weight.grad, "dbias": bias.grad}
+    return {"loss": loss.detach(), "dweight": weight.grad, "dbias": bias.grad}
 
 
-Draw = tuple[Tensor, Tensor, Tensor | None, Tensor]
+Draw = tuple[Tensor, Tensor, Tensor | None]
 
 
 def results(draws: Iterable[Draw], run: Callable[..., dict], *options, **run_options) -> list[tuple[dict, dict, dict]]:
     """What the kernels, the definition in the same dtype and the definition in float64 make of each draw."""
     compared = []
-    for *inputs, rows in draws:
-        oracle = defined(*(x if x is None else x.double() for x in inputs), rows, *options)
-        single = least_exact(partial(defined, *inputs, rows, *options), oracle)
-        actual = run(*inputs, rows, *options, **run_options)
+    for inputs in draws:
+        oracle = defined(*(x if x is None else x.double() for x in inputs), *options)
+        single = least_exact(partial(defined, *inputs, *options), oracle)
+        actual = run(*inputs, *options, **run_options)
         compared.append(({name: actual[name] for name in oracle}, single, oracle))
     return compared
 
@@ -127,11 +111,11 @@ def assert_no_less_exact(compared: list[tuple[dict, dict, dict]]) -> None:
 
 @pytest.mark.parametrize("positionwise", [True, False], ids=["positionwise", "together"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_loss_targets_and_gradients_match_the_definition(shape: tuple[int, ...], positionwise: bool) -> None:
+def test_loss_and_gradients_match_the_definition(shape: tuple[int, ...], positionwise: bool) -> None:
     chunk = 2 if shape[0] > 2 else None
     draws = [draw(*shape, seed=seed) for seed in SEEDS]
     assert_defined(results(draws, run, positionwise, chunk=chunk))
-    without_bias = [(features, weight, None, rows) for features, weight, _, rows in draws]
+    without_bias = [(features, weight, None) for features, weight, _ in draws]
     assert_defined(results(without_bias, run, positionwise, chunk=chunk))
 
 
@@ -151,7 +135,7 @@ def test_options() -> None:
     options = (True, (0.2, 0.5), 2, 0.1)
     compared = results(
         [draw(3, 4, 9, 5, seed=seed) for seed in SEEDS],
-        lambda *inputs: run(*inputs[:5], None, *inputs[5:]),
+        lambda *inputs: run(*inputs[:4], None, *inputs[4:]),
         *options,
     )
     assert_defined(compared)
@@ -161,7 +145,7 @@ def test_options() -> None:
 @pytest.mark.parametrize("positionwise", [True, False], ids=["positionwise", "together"])
 def test_half_features_meet_float32_weights(positionwise: bool, dtype: torch.dtype) -> None:
     draws = [draw(3, 9, 64, 8, dtype, seed) for seed in MORE_SEEDS]
-    assert_no_less_exact(results(draws, lambda *x: run(*x[:5], 2, *x[5:]), positionwise, (0.5, 0.5)))
+    assert_no_less_exact(results(draws, lambda *x: run(*x[:4], 2, *x[4:]), positionwise, (0.5, 0.5)))
 
 
 @pytest.mark.parametrize("positionwise", [True, False], ids=["positionwise", "together"])
@@ -173,11 +157,11 @@ def test_the_same_bits_twice(positionwise: bool) -> None:
 
 
 def test_potentials_are_those_of_sinkhorn() -> None:
-    features, weight, bias, rows = draw(3, 4, 9, 5)
+    features, weight, bias = draw(3, 4, 9, 5)
     logits = torch.nn.functional.normalize(features.double(), dim=-1) @ weight.double().T + bias
     for positionwise, slices in ((True, logits), (False, logits.flatten(0, 1))):
         expected = reference.sinkhorn_potentials(slices, temperature=0.06)
-        actual = run(features, weight, bias, rows, positionwise, 2)
+        actual = run(features, weight, bias, positionwise, 2)
         assert actual["row"].shape == slices.shape[:-1]
         product = actual["column"].unsqueeze(-2) * actual["row"].unsqueeze(-1)
         expected_product = expected.column.unsqueeze(-2) * expected.row.unsqueeze(-1)
@@ -263,10 +247,10 @@ def test_the_heads_true_size_on_a_gpu() -> None:
 def test_gradients_of_the_public_op_on_a_gpu() -> None:
     from capi_kernels import clustering_head as public
 
-    features, weight, bias, rows = draw(3, 9, 64, 8)
+    features, weight, bias = draw(3, 9, 64, 8)
     weight.requires_grad_()
     head = public(features, weight, bias)
     (3 * head.loss).backward()
-    expected = run(features, weight.detach(), bias, rows, True)
+    expected = run(features, weight.detach(), bias, True)
     assert all(torch.equal(x, expected[name]) for name, x in head.potentials._asdict().items())
     torch.testing.assert_close(weight.grad, 3 * expected["dweight"])

@@ -31,40 +31,28 @@ def inputs(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return features, weight, bias
 
 
-def results(
-    features: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    rows: Tensor,
-    loss: Tensor,
-    potentials: Potentials,
-    *gradients: Tensor,
-) -> dict:
-    """With what the definition makes of the potentials: the assignments of the rows."""
-    own = features[rows % POSITIONS, rows // POSITIONS]
-    if len(potentials.row) != POSITIONS:  # of all positions as one
-        column_max, column = (x.expand(POSITIONS, -1) for x in potentials[:2])
-        potentials = Potentials(column_max, column, potentials.row.view(features.shape[:2]))
-    targets = reference.clustering_targets(own, weight.detach(), bias.detach(), potentials, rows)
-    return {"loss": loss.detach(), "targets": targets, **dict(zip(("dweight", "dbias"), gradients, strict=True))}
+def results(loss: Tensor, potentials: Potentials, dweight: Tensor, dbias: Tensor) -> dict[str, Tensor]:
+    """Of the potentials, whose factors may move, what is defined: the products [positions, images, prototypes]."""
+    product = potentials.column.unsqueeze(-2) * potentials.row.unsqueeze(-1)
+    product = product.reshape(POSITIONS, -1, PROTOTYPES)
+    return {"loss": loss.detach(), "product": product, "dweight": dweight, "dbias": dbias}
 
 
 def heads_of(features: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype, positionwise: bool) -> dict:
     features, (weight, bias) = features.to(dtype), (x.to(dtype, copy=True).requires_grad_() for x in (weight, bias))
     head = reference.clustering_head(features, weight, bias, positionwise=positionwise, process_group=None)
     head.loss.backward()
-    rows = torch.arange(POSITIONS * features.shape[1])
-    return results(features, weight, bias, rows, *head, weight.grad, bias.grad)
+    return results(*head, weight.grad, bias.grad)
 
 
-def head_on_cpu(features: Tensor, weight: Tensor, bias: Tensor, rows: Tensor, positionwise: bool) -> dict:
+def head_on_cpu(features: Tensor, weight: Tensor, bias: Tensor, positionwise: bool) -> dict:
     weight, bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()
     head = clustering_head(features, weight, bias, positionwise=positionwise, position_chunk=2)
     head.loss.backward()
-    return results(features, weight, bias, rows, *head, weight.grad, bias.grad)
+    return results(*head, weight.grad, bias.grad)
 
 
-def head_on_kernels(features: Tensor, weight: Tensor, bias: Tensor, rows: Tensor, positionwise: bool) -> dict:
+def head_on_kernels(features: Tensor, weight: Tensor, bias: Tensor, positionwise: bool) -> dict:
     from capi_kernels.heads import clustering_head_triton
 
     rank, world_size = get_rank(), get_world_size()
@@ -76,7 +64,7 @@ def head_on_kernels(features: Tensor, weight: Tensor, bias: Tensor, rows: Tensor
     head = clustering_head_triton.clustering_head(
         features, weight, bias, 0.06, 0.12, 3, 1e-8, positionwise, None, group.WORLD, torch.float32
     )
-    return results(features, weight, bias, rows, *head)
+    return results(*head)
 
 
 def compare_with_one_process(rank: int, world_size: int, folder: Path) -> None:
@@ -122,7 +110,6 @@ def compare(rank: int, world_size: int, kernels: bool) -> None:
     assert not torch.allclose(apart, single[:, mine], atol=1e-2)
 
     images = mine.stop - mine.start
-    rows = torch.arange(POSITIONS * images)
     head_of = head_on_kernels if kernels else head_on_cpu
     for positionwise in (True, False):
         compared = []
@@ -131,9 +118,9 @@ def compare(rank: int, world_size: int, kernels: bool) -> None:
             oracle = heads_of(*whole, torch.float64, positionwise)
             single = least_exact(partial(heads_of, *whole, torch.float32, positionwise), oracle)
             features, *layer = whole
-            actual = head_of(features[:, mine], *layer, rows, positionwise)
-            for whole_batch in (oracle, single):
-                whole_batch["targets"] = whole_batch["targets"].unflatten(0, (IMAGES, POSITIONS))[mine].flatten(0, 1)
+            actual = head_of(features[:, mine], *layer, positionwise)
+            product, expected, _ = (x.pop("product") for x in (actual, oracle, single))
+            torch.testing.assert_close(product.double(), expected[:, mine], rtol=1e-4, atol=0)
             for name in ("loss", "dweight", "dbias"):  # local means: weighted by their images they make the global one
                 actual[name] = actual[name] * (images / IMAGES)
                 all_reduce(actual[name], ReduceOp.SUM)
