@@ -233,6 +233,23 @@ def test_gradients_reach_weight_and_bias_alone() -> None:
     assert torch.equal(plain.loss, loss)
 
 
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_gradients_are_those_that_the_forward_saved(factor: float) -> None:
+    """Scaled in place, copied nowhere; anew where the graph is kept for another backward."""
+    features, weight, bias, _ = draw(6, 4, 9, 5)
+    leaves = weight.requires_grad_(), bias.requires_grad_()
+    loss = factor * clustering_head(features, *leaves).loss
+    kept = torch.autograd.grad(loss, leaves, retain_graph=True)
+    node = loss.grad_fn.next_functions[0][0]
+    pointers = [x.data_ptr() for x in node.saved_tensors]
+    before = [x.clone() for x in node.saved_tensors]
+    loss.backward()
+    assert [x.grad.data_ptr() for x in leaves] == pointers
+    for leaf, x, y in zip(leaves, before, kept, strict=True):
+        assert torch.equal(leaf.grad, factor * x)
+        assert torch.equal(leaf.grad, y)
+
+
 def test_properties() -> None:
     features, weight, bias, _ = draw(6, 8, 9, 5, dtype=torch.float64)
     before = features.clone(), weight.clone(), bias.clone()

@@ -55,17 +55,20 @@ def clustering_head(
     buffer = features.new_empty((chunk, features.shape[1], prototypes), dtype=wide)
     cross_entropy = SoftCrossEntropy(chunk * features.shape[1], prototypes, wide, prediction_temperature)
     loss = features.new_zeros((), dtype=torch.float64)
-    dweight = torch.zeros_like(weight, dtype=wide)
+    dweight = None
     dbias = weight.new_zeros(prototypes, dtype=wide)
     for block in balance_positions(linear, buffer, potentials, target_temperature, n_iterations, eps, process_group):
         t, _, logits, f = (x.flatten(0, 1) for x in block)
         minus_dlogits = logits if dtype == wide else torch.empty_like(t)
         for some_rows in zip(*(x.split(cross_entropy.rows) for x in (t, logits, minus_dlogits)), strict=True):
             loss += cross_entropy(*some_rows)
-        if dtype == wide:
-            dweight.addmm_(minus_dlogits.mT, f)
+        factors = minus_dlogits.to(dtype).mT, f
+        if dweight is None:
+            dweight = torch.mm(*factors).to(wide)
+        elif dtype == wide:
+            dweight.addmm_(*factors)
         else:
-            dweight += minus_dlogits.to(dtype).mT @ f
+            dweight += torch.mm(*factors)
         dbias += minus_dlogits.sum(0)
     potentials.column.mul_(math.exp(HEADROOM))
     factor = -1 / (prediction_temperature * tokens)

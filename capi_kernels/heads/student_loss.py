@@ -19,7 +19,7 @@ from capi_kernels.heads import student_loss_cpu
 from capi_kernels.heads.gradients import times
 from capi_kernels.reference import StudentLoss
 
-PLAIN_BYTES = 1 << 22  # Of logits: below, what an op costs in Python outweighs the memory traffic that it saves.
+PLAIN_BYTES = 1 << 20  # Of logits: below, what an op costs in Python outweighs the memory traffic that it saves.
 
 OP = "capi_kernels::student_loss"
 torch.library.define(
@@ -94,7 +94,7 @@ class _StudentLoss(torch.autograd.Function):
 def student_loss(logits: Tensor, targets: Tensor, temperature: float = 0.12) -> Float[Tensor, ""]:
     """Mean over predictions of -sum_k target_k log softmax(logits / temperature)_k (arXiv 2502.08769).
 
-    On a CPU logits of up to 4 MiB take the definition itself, which is the fastest for them.
+    On a CPU logits of up to 1 MiB take the definition itself, which is the fastest for them.
 
     Args:
         logits: [predicted, prototypes], any floating dtype and strides. All is computed in float32 (float64 for
