@@ -364,8 +364,3 @@ class CAPI(nn.Module):
         """What the moving average's encoder says of every patch."""
         features, _, counts = self.student_ema.backbone.encode(images)
         return features.unflatten(0, (len(counts), -1))[:, self.student_ema.backbone.config.n_registers :]
-
-
-def target_entropy(targets: Float[Tensor, "predicted prototypes"]) -> Float[Tensor, ""]:
-    """Mean entropy of the assignments, in nats."""
-    return -torch.xlogy(targets, targets).sum(-1).mean()

@@ -20,12 +20,12 @@ from capi.casting import WeightCopies, cast_weights
 from capi.config import Config
 from capi.distributed import GradientAverage, World, average, mean_over_ranks
 from capi.drop_path import draw, received, send
-from capi.model import CAPI, target_entropy
+from capi.model import CAPI
 from capi.optim import all_finite, build_optimizers, schedule_value, set_learning_rates, update_ema
 from capi.profiling import HostTime
 from capi.seeding import Purpose, generator
 from capi.step_graph import Losses, MicroBatch, StepGraph, StepInputs, graphs_obstacle
-from capi_kernels import student_loss
+from capi_kernels import student_loss_with_statistics
 
 logger = logging.getLogger("capi")
 
@@ -66,14 +66,12 @@ class Trainer:
         self.host = HostTime()
         self.updating = Lock()
         """Held while the state changes: who holds it finds it whole."""
-        self.statistics = _target_statistics
         # On a CPU the product and the sum are as fast apart.
         self.model.student_ema.backbone.encoder.in_place = world.device.type == "cuda"
         for backbone in (self.model.student.backbone, self.model.student_ema.backbone):
             for transformer in (backbone.encoder, backbone.decoder):
                 transformer.checkpoint_activations = config.run.checkpoint_activations
         if config.run.compile == "on" or (config.run.compile == "auto" and world.device.type == "cuda"):
-            self.statistics = torch.compile(_target_statistics)
             self.model.student.compile_pointwise()
             self.model.student_ema.compile_pointwise()
         self.uses_graphs = config.run.cuda_graphs != "off" and graphs_obstacle(config, world) is None
@@ -176,11 +174,12 @@ class Trainer:
                 with torch.no_grad():
                     here = features[first_image : first_image + len(images)]
                     targets = head.targets(here, potentials, masks.predict_indices, first_image)
-                    entropy, most_likely = self.statistics(targets)
                     first_image += len(images)
                 with self._gradients_are_averaged(i == len(inputs.batches) - 1):
                     logits = self.student(images, masks, drop_path)
-                    loss = student_loss(logits, targets, config.clustering.student_temperature)
+                    loss, entropy, most_likely = student_loss_with_statistics(
+                        logits, targets, config.clustering.student_temperature
+                    )
                     loss = loss * (len(logits) / inputs.n_predicted)
                     loss.backward()
                 losses.append(loss.detach())
@@ -271,10 +270,6 @@ def _named_tensors(state: dict, prefix: str = "") -> Iterator[tuple[str, Tensor]
             yield from _named_tensors(value, f"{prefix}{key}.")
         elif isinstance(value, Tensor):
             yield f"{prefix}{key}", value
-
-
-def _target_statistics(targets: Float[Tensor, "predicted prototypes"]) -> tuple[Tensor, Tensor]:
-    return target_entropy(targets), targets.argmax(-1)
 
 
 def _compute_dtype(precision: str, device: torch.device) -> torch.dtype:

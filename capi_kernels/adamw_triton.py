@@ -131,23 +131,3 @@ def adamw_(
         ALIGNED=aligned,
         **CONFIG,
     )
-
-
-def _compile_cases() -> list[tuple]:
-    scalars = ("lr", "weight_decay", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "eps", "ema_weight")
-    types = {"table_ptr": "*i64", "tiles_ptr": "*i64", "found_inf_ptr": "*fp32", "corrections_ptr": "*fp64"}
-    types |= dict.fromkeys(scalars, "fp32")
-    options = {"num_warps": CONFIG["num_warps"]}
-    return [
-        (
-            f"{'average' if ema else 'alone'}{', copies in bf16' if copy else ''}{'' if aligned else ', not aligned'}",
-            adamw_kernel,
-            types | {"EMA": ema, "COPY_TYPE": copy, "ALIGNED": aligned, "TILE": TILE},
-            options,
-        )
-        for ema, copy in ((True, tl.bfloat16), (True, None), (False, None))
-        for aligned in (True, False)
-    ]
-
-
-COMPILE_CASES = _compile_cases()

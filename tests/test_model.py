@@ -17,7 +17,6 @@ from capi.model import (
     Backbone,
     PatchEmbed,
     normalize_images,
-    target_entropy,
 )
 from capi.transformer import Residual, pack
 from capi_kernels import rotary_tables
@@ -354,11 +353,6 @@ def test_targets_come_in_the_order_of_the_predictions() -> None:
     torch.testing.assert_close(targets.sum(-1), torch.ones_like(targets[:, 0]))
     later = head.targets(features[2:], potentials, masks.predict_indices[-3:] - 2 * 35, first_image=2)
     torch.testing.assert_close(later, targets[-3:], rtol=0, atol=1e-12)
-
-
-def test_target_entropy() -> None:
-    assert float(target_entropy(torch.full((3, 8), 1 / 8))) == pytest.approx(math.log(8))
-    assert float(target_entropy(torch.eye(4))) == 0
 
 
 def test_bf16_compute_stays_near_fp32_and_forms_angles_in_fp32() -> None:

@@ -28,6 +28,7 @@ from capi.masking import Masks
 from capi.step import StepResult, Trainer
 from capi.step_graph import StepGraph, StepInputs, graphs_obstacle
 from capi.train import main
+from capi_kernels import StudentLoss, student_loss_with_statistics
 
 CPU = torch.device("cpu")
 META = torch.device("meta")
@@ -120,7 +121,11 @@ def copied_over(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def sized_by_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("capi.step.student_loss", lambda logits, *_: logits[logits > 0].sum())
+    def loss_of(logits: Tensor, targets: Tensor, temperature: float) -> StudentLoss:
+        loss = student_loss_with_statistics(logits, targets, temperature)
+        return loss._replace(loss=logits[logits > 0].sum())
+
+    monkeypatch.setattr("capi.step.student_loss_with_statistics", loss_of)
 
 
 @pytest.mark.parametrize(
@@ -294,7 +299,7 @@ def test_what_cannot_be_captured_is_said(tmp_path, cpu_graphs, monkeypatch) -> N
     config = load_tiniest(tmp_path, *FIXED)
     trainer = Trainer(config, World(0, 1, CPU))
     steps(trainer, {step: draw_batches(config, step) for step in range(3)})
-    monkeypatch.setattr("capi.step.student_loss", lambda *_: 1 / 0)
+    monkeypatch.setattr("capi.step.student_loss_with_statistics", lambda *_: 1 / 0)
     with pytest.raises(RuntimeError, match=r"cannot be captured in a CUDA graph \(division by zero\)") as raised:
         trainer.step(draw_batches(config, 3), 3)
     assert "run.cuda_graphs off" in str(raised.value)

@@ -5,12 +5,10 @@
     -dz = t - softmax(z) sum(t)                    written over the logits; its scale is left to d(weight) in float32
 
 Positions are streamed, so that of the logits [positions, images, prototypes] only a chunk exists. Never written: the
-assignments, but for chosen rows, or the softmax.
+assignments or the softmax.
 """
 
-import math
 from collections.abc import Iterator
-from itertools import product
 from typing import no_type_check
 
 import torch
@@ -19,18 +17,15 @@ import triton.language as tl
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from capi_kernels._capability import TARGETS, capability
-from capi_kernels.clustering import StreamedLinear
+from capi_kernels._capability import capability
+from capi_kernels._process_groups import largest
+from capi_kernels.heads.cross_entropy_triton import minus_gradient, soft_cross_entropy
+from capi_kernels.heads.linear import StreamedLinear
 from capi_kernels.reference import Potentials
-from capi_kernels.sinkhorn import largest
-from capi_kernels.sinkhorn_triton import (
+from capi_kernels.sinkhorn.balance_triton import balance
+from capi_kernels.sinkhorn.common_triton import (
     ROW_LIMIT,
-    TYPES,
-    balance,
-    balance_rows,
-    by_config,
     check_supported,
-    compile_case,
     load_row,
     log2_scale,
     new_potentials,
@@ -39,9 +34,8 @@ from capi_kernels.sinkhorn_triton import (
     rows_config,
     updated,
 )
+from capi_kernels.sinkhorn.rows_triton import balance_rows
 
-LN_2 = tl.constexpr(math.log(2))
-MOST_GATHERING = 1024  # Programs, of which each takes several of the chosen rows.
 LOGITS_BYTES = 1 << 30  # Enough positions at a time for full matrix products, few enough to matter little.
 
 
@@ -61,27 +55,6 @@ def head_rows_config(prototypes: int, dtype: torch.dtype, capability: int) -> di
     if not ahead and not bias and capability < 120:
         config["num_warps"] = 32
     return config
-
-
-@triton.jit
-@no_type_check
-def soft_cross_entropy(logits, M, row, log2_scale, temperature, mask):
-    """sum(t) log sum exp(z) - sum(t z) with t = M row, z = (logits - maximum) / temperature; what its gradient needs.
-
-    Whatever takes a few instructions is computed anew rather than kept: a row runs out of registers.
-    """
-    maximum = tl.max(logits, 0).to(tl.float32)
-    matched = tl.sum(M * tl.where(mask, logits.to(tl.float32) - maximum, 0.0), 0) * row / temperature
-    log2_normaliser = tl.log2(tl.sum(tl.exp2((logits.to(tl.float32) - maximum) * log2_scale), 0))
-    total = tl.sum(M, 0) * row
-    return total * (log2_normaliser * LN_2) - matched, maximum, log2_normaliser, total
-
-
-@triton.jit
-@no_type_check
-def minus_gradient(logits, M, row, maximum, log2_normaliser, total, log2_scale):
-    """t - softmax(z) sum(t)."""
-    return M * row - tl.exp2((logits.to(tl.float32) - maximum) * log2_scale - log2_normaliser) * total
 
 
 @triton.jit
@@ -164,52 +137,6 @@ def head_rows_kernel(
         tl.store(bias_parts_ptr + offs_part, bias_sum, mask=mask)
 
 
-@triton.jit(do_not_specialize=["part", "first_row"])  # They differ from call to call.
-@no_type_check
-def chosen_targets_kernel(
-    logits_ptr,
-    column_max_ptr,
-    column_ptr,
-    row_ptr,
-    keys_ptr,
-    chosen_ptr,
-    bounds_ptr,
-    targets_ptr,
-    part,
-    first_row,
-    images,
-    prototypes,
-    log2_scale,
-    eps,
-    limit,
-    EVEN: tl.constexpr,
-    BLOCK_PROTOTYPES: tl.constexpr,
-):
-    """Each program takes every so many-th of the chosen rows of a part: their targets, the last update done.
-
-    `keys`, sorted, counts rows position by position, `first_row` is that of these logits; `chosen` says which row of
-    the targets it is.
-    """
-    offs = tl.arange(0, BLOCK_PROTOTYPES)
-    mask = offs < prototypes
-    for i in range(tl.load(bounds_ptr + part) + tl.program_id(0), tl.load(bounds_ptr + part + 1), tl.num_programs(0)):
-        index = tl.load(keys_ptr + i) - first_row
-        logits = load_row(logits_ptr + index * prototypes, prototypes, 1, EVEN, BLOCK_PROTOTYPES)
-        M = row_exponentials(
-            logits,
-            column_max_ptr,
-            column_ptr,
-            index // images * prototypes,
-            prototypes,
-            log2_scale,
-            EVEN,
-            BLOCK_PROTOTYPES,
-        )
-        row = tl.load(row_ptr + index)
-        targets = M * updated(row, row * tl.sum(M, 0), eps, limit)
-        tl.store(targets_ptr + tl.load(chosen_ptr + i) * prototypes + offs, targets, mask=mask)
-
-
 def head_rows(
     logits: Tensor,
     potentials: Potentials,
@@ -249,43 +176,6 @@ def head_rows(
         reduce_parts(bias_parts, dbias, eps, update=False)
     else:
         torch.sum(logits.flatten(0, 1), 0, keepdim=True, dtype=torch.float32, out=dbias)
-
-
-class ChosenTargets:
-    """The targets of chosen rows (image * positions + position), gathered as the stream comes by them."""
-
-    def __init__(self, rows: Tensor, positions: int, images: int, part: int, prototypes: int):
-        # rows count image by image, the stream position by position; `part` of its rows come at a time.
-        self.keys, self.chosen = (rows % positions * images + rows // positions).sort(stable=True)
-        parts = triton.cdiv(positions * images, part)
-        self.bounds = torch.searchsorted(
-            self.keys, torch.arange(parts + 1, dtype=self.keys.dtype, device=rows.device) * part
-        )
-        self.targets = torch.empty((len(rows), prototypes), dtype=torch.float32, device=rows.device)
-
-    def gather(
-        self, part: int, first_row: int, logits: Tensor, potentials: Potentials, temperature: float, eps: float
-    ) -> None:
-        """Fill those of a part, from its contiguous logits and potentials before the last update of the rows."""
-        _, images, prototypes = logits.shape
-        if len(self.keys) == 0:
-            return
-        chosen_targets_kernel[min(len(self.keys), MOST_GATHERING),](
-            logits,
-            *potentials,
-            self.keys,
-            self.chosen,
-            self.bounds,
-            self.targets,
-            part,
-            first_row,
-            images,
-            prototypes,
-            log2_scale(temperature),
-            eps,
-            ROW_LIMIT,
-            **rows_config(prototypes),
-        )
 
 
 def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -332,7 +222,6 @@ def clustering_head(
     features: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    rows: Tensor | None,
     target_temperature: float,
     prediction_temperature: float,
     n_iterations: int,
@@ -341,13 +230,12 @@ def clustering_head(
     position_chunk: int | None,
     process_group: ProcessGroup | None,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor | None, Potentials, Tensor, Tensor]:
-    """The loss, the targets of `rows`, the potentials, and the gradients of the loss in weight and bias, in float32."""
+) -> tuple[Tensor, Potentials, Tensor, Tensor]:
+    """The loss, the potentials, and the gradients of the loss in weight and bias, in float32."""
     positions, images, dim = features.shape
     prototypes, tokens, device = len(weight), positions * images, features.device
     check_supported("features", dtype, prototypes)
     chunk = position_chunk or default_position_chunk(features, prototypes, dtype, process_group)
-    stream = positions, images
     together = not positionwise and chunk < positions
     if not positionwise and not together:  # Everything fits in a chunk: a single position of all tokens.
         features, positions, images = features.reshape(1, tokens, dim), 1, tokens
@@ -361,7 +249,6 @@ def clustering_head(
     loss = torch.empty(tokens, dtype=torch.float32, device=device)
     dweight = torch.zeros((prototypes, dim), dtype=torch.float32, device=device)
     starts = range(0, positions, linear.chunk)
-    chosen = None if rows is None else ChosenTargets(rows, *stream, linear.chunk * images, prototypes)
     dbias = torch.empty((len(starts), prototypes), dtype=torch.float32, device=device)
     for i, start in enumerate(starts):
         logits, features_here = linear(start)
@@ -372,33 +259,9 @@ def clustering_head(
         else:
             part = Potentials(*(x[start : start + linear.chunk] for x in potentials))
             balance(logits, part, n_iterations, eps, target_temperature, process_group, last_row=False)
-        if chosen is not None:
-            chosen.gather(i, here.start, logits, part, target_temperature, eps)
         head_rows(logits, part, loss[here], dbias[i : i + 1], target_temperature, prediction_temperature, eps)
         add_product_(dweight, logits.flatten(0, 1).mT, features_here.flatten(0, 1))
     factor = -1 / (prediction_temperature * tokens)
     if not positionwise:
         potentials = Potentials(*(x[0] for x in potentials))
-    targets = None if chosen is None else chosen.targets
-    return loss.mean(), targets, potentials, dweight.mul_(factor), dbias.sum(0).mul_(factor)
-
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-def _compile_cases() -> list[tuple]:
-    types = TYPES | {f"{name}_ptr": "*fp32" for name in ("loss", "targets", "bias_parts")}
-    types |= {"keys_ptr": "*i64", "chosen_ptr": "*i64", "bounds_ptr": "*i64", "part": "i32?"}
-    types |= {"rows": "i32", "target_log2_scale": "fp32", "prediction_log2_scale": "fp32"}
-    types |= {"prediction_temperature": "fp32", "first_row": "i32?"}
-    cases = []
-    for dtype, prototypes in product(DTYPES, (16384, 16000, 4096, 1000)):
-        configs = {target: head_rows_config(prototypes, DTYPES[dtype], target) for target in TARGETS}
-        name, logits = f"{dtype}, {prototypes} prototypes", {"logits_ptr": f"*{dtype}"}
-        for config, targets in by_config(configs):
-            cases.append(compile_case(name, head_rows_kernel, types | logits, config, targets))
-        cases.append(compile_case(name, chosen_targets_kernel, types | logits, rows_config(prototypes)))
-    return cases
-
-
-COMPILE_CASES = _compile_cases()
+    return loss.mean(), potentials, dweight.mul_(factor), dbias.sum(0).mul_(factor)
