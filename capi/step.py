@@ -162,6 +162,10 @@ class Trainer:
         student_optimizer, clustering_optimizer = self.optimizers
         student_optimizer.zero_grad(set_to_none=self.world.size == 1)  # else they stay parts of DDP's buckets
         clustering_optimizer.zero_grad()
+        if self.copies is not None:
+            # The update reads them as they come; sums, over micro-batches or ranks, are of float32.
+            alone = self.world.size == len(inputs.batches) == 1
+            self.copies.set_gradient_dtype(self.compute_dtype if alone else torch.float32)
 
         fp8 = config.run.teacher_precision == "fp8"
         with cast_weights(self.teacher_modules(), self.compute_dtype, self.copies, fp8=fp8):
