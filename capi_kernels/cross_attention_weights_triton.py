@@ -251,11 +251,11 @@ def _strides(**tensors: Tensor) -> dict[str, int]:
 
 
 def cross_attention_weights_forward(q: Tensor, k: Tensor, *rest) -> Tensor:
-    """P [groups, heads, max_seqlen_q, max_seqlen_k]."""
+    """P [groups, heads, max_seqlen_q, max_seqlen_k], in memory [groups, max_seqlen_q, heads, ROW or a multiple]."""
     x = _operands(q, k, *rest)
     row = triton.cdiv(x.max_seqlen_k, ROW) * ROW
-    weights = torch.empty((x.groups, x.heads, x.max_seqlen_q, row), dtype=q.dtype, device=q.device)
-    weights = weights[..., : x.max_seqlen_k]
+    weights = torch.empty((x.groups, x.max_seqlen_q, x.heads, row), dtype=q.dtype, device=q.device)
+    weights = weights.transpose(1, 2)[..., : x.max_seqlen_k]
     config = forward_config(q.dtype, x.head_dim, x.max_seqlen_k, attends_as(capability(q.device)))
     if config is None:
         return weights.copy_(padded_attention_weights(*_padded_operands(x)))
