@@ -69,9 +69,10 @@ def count(preset: str, batch: int, parts: int = 1) -> tuple[Launches, int]:
     """The launches of the device part of a step of `parts` micro-batches, and the bytes of gradients that it leaves."""
     config = configuration(preset, batch, CPU, torch.bfloat16, "--run.compile", "off")
     config.optim.batch_size = batch // parts
-    with META:  # Made without values, in no time.
-        trainer = Trainer(config, World(0, 1, META))
-        trainer.copies = WeightCopies([trainer.model.student, trainer.teacher_modules()], torch.bfloat16)
+    trainer = Trainer(config, World(0, 1, CPU))
+    trainer.model.to(META)
+    trainer.world = World(0, 1, META)
+    trainer.copies = WeightCopies([trainer.model.student, trainer.teacher_modules()], torch.bfloat16)
     trainer.model.student_ema.backbone.encoder.in_place = True
     inputs = trainer._inputs([draw_batch(config, part, META) for part in range(parts)], 0)
     with Launches() as launches:

@@ -67,6 +67,8 @@ class Trainer:
         self.updating = Lock()
         """Held while the state changes: who holds it finds it whole."""
         self.statistics = _target_statistics
+        self._graph: StepGraph | None = None
+        self._share_tables()
         # On a CPU the product and the sum are as fast apart.
         self.model.student_ema.backbone.encoder.in_place = world.device.type == "cuda"
         for backbone in (self.model.student.backbone, self.model.student_ema.backbone):
@@ -77,7 +79,6 @@ class Trainer:
             self.model.student.compile_pointwise()
             self.model.student_ema.compile_pointwise()
         self.uses_graphs = config.run.cuda_graphs != "off" and graphs_obstacle(config, world) is None
-        self._graph: StepGraph | None = None
         self.student: nn.Module = self.model.student
         if world.size > 1:
             self.student = DistributedDataParallel(self.student, gradient_as_bucket_view=True)
@@ -221,6 +222,14 @@ class Trainer:
         student, clustering = self.optimizers
         student.load_state_dict(state["student_optimizer"])
         clustering.load_state_dict(state["clustering_optimizer"])
+        self._share_tables()
+
+    def _share_tables(self) -> None:
+        """Has the teacher make one pair of rotary tables for all images and layers, as far as its weights allow."""
+        encoder = self.model.student_ema.backbone.encoder
+        if (same := encoder.have_equal_frequencies()) != encoder.shares_tables:
+            encoder.shares_tables = same
+            self._graph = None  # What it was captured with.
 
     def _teacher_features(
         self, images: Sequence[Shaped[Tensor, "_ 3 height width"]]

@@ -35,6 +35,10 @@ class Packed(NamedTuple):
     cu_seqlens: Int[Tensor, "images_plus_1"]
     coords: Float[Tensor, "tokens 2"]
     max_seqlen: int
+    of_each: Float[Tensor, "max_seqlen 2"] | None = None
+    """The coordinates of one image, where they are those of every image."""
+    tables: tuple[Float[Tensor, "tokens head_dim"], Float[Tensor, "tokens head_dim"]] | None = None
+    """The rotary tables, where they are those of every layer."""
 
 
 def pack(counts: Sequence[int], coords: Float[Tensor, "tokens 2"]) -> Packed:
@@ -132,7 +136,7 @@ class SelfAttention(Attention):
     ) -> Float[Tensor, "tokens dim"]:
         qkv_weight, proj_weight = self.weights()
         qkv = linear(x, qkv_weight).unflatten(-1, (3, self.num_heads, -1))
-        tables = rotary_tables(packed.coords, self.rope.freqs)
+        tables = packed.tables or rotary_tables(packed.coords, self.rope.freqs)
         out = visible_attention_qkvpacked(qkv, *tables, packed.cu_seqlens, packed.max_seqlen)
         return _product(out.flatten(1), proj_weight, onto)
 
@@ -290,6 +294,13 @@ class Transformer(nn.Module):
         self.checkpoint_activations = False
         self.in_place = False
         """Without gradients and drop-path, add the residual branches to the x that is given, which is lost."""
+        self.shares_tables = False
+        """Where all images have the same coordinates, make rotary tables of one image, for all layers."""
+
+    def have_equal_frequencies(self) -> bool:
+        """Whether all layers do, as they do unless a checkpoint says otherwise; waits for the device."""
+        first, *others = (block.residual1.fn.rope.freqs for block in self.blocks)
+        return all(torch.equal(first, other) for other in others)
 
     def forward(
         self,
@@ -304,10 +315,13 @@ class Transformer(nn.Module):
         depth = len(self.blocks)
         attention = of_context = mlp = [None] * depth
         if branches is not None:  # Those of the attentions, then those of the MLPs.
-            of_attention, of_mlp = branches.part(slice(depth)), branches.part(slice(depth, None))
-            attention, mlp = (subsets(x, counts, packed.cu_seqlens) for x in (of_attention, of_mlp))
+            chosen = subsets(branches, counts, packed.cu_seqlens)
+            attention, mlp = chosen[:depth], chosen[depth:]
             if context is not None:
-                of_context = subsets(of_attention, context_counts, context_packed.cu_seqlens)
+                of_context = subsets(branches.part(slice(depth)), context_counts, context_packed.cu_seqlens)
+        elif self.shares_tables and packed.of_each is not None:
+            tables = rotary_tables(packed.of_each, self.blocks[0].residual1.fn.rope.freqs)
+            packed = packed._replace(tables=tuple(table.repeat(len(counts), 1) for table in tables))
         # Chosen here, on the host: in a compiled block it would be another condition to compile for.
         heads = self.blocks[0].residual1.fn.num_heads
         values_last = context is not None and _values_come_last(counts, context_counts, heads, x.shape[1])

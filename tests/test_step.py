@@ -266,6 +266,21 @@ def test_a_graph_outlives_a_step_of_another_shape_and_a_loaded_state(tmp_path, c
     assert_equal_states(*states)
 
 
+def test_a_loaded_layer_with_frequencies_of_its_own_keeps_them(tmp_path, cpu_graphs) -> None:
+    """In a graph as well, which was captured with those that layers had in common."""
+    config = load_tiniest(tmp_path, *FIXED, "--model.encoder_depth", "2")
+    trainer = Trainer(config, World(0, 1, CPU))
+    encoder = trainer.model.student_ema.backbone.encoder
+    assert encoder.shares_tables
+    steps(trainer, {step: draw_batches(config, step) for step in range(4)})
+    state = copy.deepcopy(trainer.state_dict())
+    trainer.load_state_dict(state)
+    assert trainer._graph is not None
+    state["model"]["student_ema.backbone.encoder.blocks.1.residual1.fn.rope.freqs"] *= 2
+    trainer.load_state_dict(state)
+    assert (encoder.shares_tables, trainer._graph) == (False, None)
+
+
 def test_steps_that_are_not_finite_are_counted_behind_a_graph(tmp_path, cpu_graphs) -> None:
     config = load_tiniest(tmp_path, *FIXED)
     trainer = Trainer(config, World(0, 1, CPU))
