@@ -66,6 +66,8 @@ class Trainer:
         self.host = HostTime()
         self.updating = Lock()
         """Held while the state changes: who holds it finds it whole."""
+        self._graph: StepGraph | None = None
+        self._share_tables()
         # On a CPU the product and the sum are as fast apart.
         self.model.student_ema.backbone.encoder.in_place = world.device.type == "cuda"
         for backbone in (self.model.student.backbone, self.model.student_ema.backbone):
@@ -75,7 +77,6 @@ class Trainer:
             self.model.student.compile_pointwise()
             self.model.student_ema.compile_pointwise()
         self.uses_graphs = config.run.cuda_graphs != "off" and graphs_obstacle(config, world) is None
-        self._graph: StepGraph | None = None
         self.student: nn.Module = self.model.student
         if world.size > 1:
             self.student = DistributedDataParallel(self.student, gradient_as_bucket_view=True)
@@ -160,6 +161,10 @@ class Trainer:
         student_optimizer, clustering_optimizer = self.optimizers
         student_optimizer.zero_grad(set_to_none=self.world.size == 1)  # else they stay parts of DDP's buckets
         clustering_optimizer.zero_grad()
+        if self.copies is not None:
+            # The update reads them as they come; sums, over micro-batches or ranks, are of float32.
+            alone = self.world.size == len(inputs.batches) == 1
+            self.copies.set_gradient_dtype(self.compute_dtype if alone else torch.float32)
 
         fp8 = config.run.teacher_precision == "fp8"
         with cast_weights(self.teacher_modules(), self.compute_dtype, self.copies, fp8=fp8):
@@ -216,6 +221,14 @@ class Trainer:
         student, clustering = self.optimizers
         student.load_state_dict(state["student_optimizer"])
         clustering.load_state_dict(state["clustering_optimizer"])
+        self._share_tables()
+
+    def _share_tables(self) -> None:
+        """Has the teacher make one pair of rotary tables for all images and layers, as far as its weights allow."""
+        encoder = self.model.student_ema.backbone.encoder
+        if (same := encoder.have_equal_frequencies()) != encoder.shares_tables:
+            encoder.shares_tables = same
+            self._graph = None  # What it was captured with.
 
     def _teacher_features(
         self, images: Sequence[Shaped[Tensor, "_ 3 height width"]]

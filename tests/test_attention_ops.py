@@ -163,7 +163,7 @@ def test_shapes_on_a_gpu_without_one() -> None:
         out = OPS.cross_attention_weights(*fakes, *operands[9:])
         dq, dk = OPS.cross_attention_weights_backward(out, out, *fakes, *operands[9:])
     assert out.shape == (3, 2, 3, 5)
-    assert out.stride() == (2 * 3 * 16, 3 * 16, 16, 1)  # Rows are aligned.
+    assert out.stride() == (3 * 2 * 16, 16, 2 * 16, 1)  # Rows are aligned, and those of a query's heads together.
     assert (dq.shape, dk.shape) == ((6, 2, 8), (7, 2, 8))
 
 

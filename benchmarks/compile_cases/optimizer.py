@@ -18,13 +18,19 @@ TYPES = {
     "eps": "fp32",
     "ema_weight": "fp32",
 }
+KINDS = {  # name: the average, the types of gradient and copies
+    "average, copies and gradient in bf16": (True, tl.bfloat16, tl.bfloat16),
+    "average, copies in bf16": (True, tl.float32, tl.bfloat16),
+    "average": (True, tl.float32, None),
+    "alone": (False, tl.float32, None),
+}
 CASES = [
     (
-        f"{'average' if ema else 'alone'}{', copies in bf16' if copy else ''}{'' if aligned else ', not aligned'}",
+        name if aligned else f"{name}, not aligned",
         adamw_kernel,
-        TYPES | {"EMA": ema, "COPY_TYPE": copy, "ALIGNED": aligned, "TILE": TILE},
+        TYPES | {"EMA": ema, "GRADIENT_TYPE": gradient, "COPY_TYPE": copy, "ALIGNED": aligned, "TILE": TILE},
         {"num_warps": CONFIG["num_warps"]},
     )
-    for ema, copy in ((True, tl.bfloat16), (True, None), (False, None))
+    for name, (ema, gradient, copy) in KINDS.items()
     for aligned in (True, False)
 ]

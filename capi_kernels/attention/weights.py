@@ -66,8 +66,10 @@ def _(dweights, *operands):
 def _(q, k, q_cos, q_sin, k_cos, k_sin, cu_seqlens_q, cu_seqlens_k, kv_index, max_seqlen_q, max_seqlen_k, scale):
     groups, heads = cu_seqlens_q.shape[0] - 1, q.shape[1]  # len would fix the number.
     shape = (groups, heads, max_seqlen_q, max_seqlen_k)
-    row = max_seqlen_k if q.device.type == "cpu" else (max_seqlen_k + 15) // 16 * 16
-    return q.new_empty_strided(shape, (heads * max_seqlen_q * row, max_seqlen_q * row, row, 1))
+    if q.device.type == "cpu":
+        return q.new_empty(shape)
+    row = (max_seqlen_k + 15) // 16 * 16
+    return q.new_empty_strided(shape, (max_seqlen_q * heads * row, row, heads * row, 1))
 
 
 @torch.library.register_fake(f"{OP}_backward")
@@ -141,8 +143,9 @@ def cross_attention_weights(
     Returns:
         [groups, heads, max_seqlen_q, max_seqlen_k] in the dtype of q (under autocast, which casts q and k, in its
         dtype), zero where a query or a key is padding. Gradients reach q and k (zero in contexts that nobody reads);
-        what the gradient of the weights holds at padding is not read. On a GPU rows start at multiples of 16 elements,
-        and Triton kernels serve float16 and bfloat16 up to 128 keys a context; other cases are PyTorch's operations.
+        what the gradient of the weights holds at padding is not read. On a GPU the heads of a query stand together in
+        memory, so that weighted sums of all channels do, in rows that start at multiples of 16 elements, and Triton
+        kernels serve float16 and bfloat16 up to 128 keys a context; other cases are PyTorch's operations.
 
     Raises:
         TypeError: what is no tensor, or another dtype.

@@ -180,11 +180,11 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def weights_forward(*operands) -> Tensor:
-    """P [groups, heads, max_seqlen_q, max_seqlen_k]."""
+    """P [groups, heads, max_seqlen_q, max_seqlen_k], in memory [groups, max_seqlen_q, heads, ROW or a multiple]."""
     x = _operands(*operands)
     row = triton.cdiv(x.max_seqlen_k, ROW) * ROW
-    weights = torch.empty((x.groups, x.heads, x.max_seqlen_q, row), dtype=x.q.dtype, device=x.q.device)
-    weights = weights[..., : x.max_seqlen_k]
+    weights = torch.empty((x.groups, x.max_seqlen_q, x.heads, row), dtype=x.q.dtype, device=x.q.device)
+    weights = weights.transpose(1, 2)[..., : x.max_seqlen_k]
     config = configs.weights_forward(x.q.dtype, x.head_dim, x.max_seqlen_k, attends_as(capability(x.q.device)))
     if config is None:
         return weights.copy_(padded_attention_weights(*_padded_operands(x)))
