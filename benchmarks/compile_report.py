@@ -41,13 +41,20 @@ def usage(kernel, arguments: dict, options: dict, target: int) -> Usage:
     """Compile one configuration and read what the assembler says of it."""
     assert list(arguments) == kernel.arg_names, f"expected {kernel.arg_names}, got {list(arguments)}"
     signature, constexprs, attributes = {}, {}, {}
-    for i, (name, value) in enumerate(arguments.items()):
+
+    def type_of(value: object, *path: int) -> str | tuple:
+        """That of an argument, or those of a named tuple of some."""
+        if isinstance(value, tuple):
+            return type(value)(*(type_of(x, *path, i) for i, x in enumerate(value)))
         if not isinstance(value, str):
-            signature[name], constexprs[i,] = "constexpr", value
-            continue
-        signature[name] = value.removesuffix("?")
+            constexprs[path] = value
+            return "constexpr"
         if not value.endswith("?") and not value.startswith("fp"):
-            attributes[i,] = [["tt.divisibility", 16]]
+            attributes[path] = [["tt.divisibility", 16]]
+        return value.removesuffix("?")
+
+    for i, (name, value) in enumerate(arguments.items()):
+        signature[name] = type_of(value, i)
     source = ASTSource(kernel, signature, constexprs, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:

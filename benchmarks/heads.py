@@ -1,4 +1,4 @@
-"""Cases of the heads: Sinkhorn, the clustering head and the student's loss, ours and the official formulas."""
+"""Cases of the heads: Sinkhorn, the clustering head with its targets, the student's loss, and their official peers."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from benchmarks import peers
 from benchmarks.measure import OURS, check, rotated
 from benchmarks.shapes import Logits
 from benchmarks.timing import Contestant
-from capi_kernels import clustering_head, reference, sinkhorn_positionwise, student_loss
+from capi_kernels import clustering_head, clustering_targets, reference, sinkhorn_positionwise, student_loss
 
 TARGET_TEMPERATURE = 0.06
 MOST_LOGITS = 1 << 24  # Of the definition at once.
@@ -75,14 +75,15 @@ class HeadCase:
         return features, weight, bias, rows
 
     def enter(self, name: str) -> Contestant:
-        """The loss, the targets and the gradients of the layer, in one call."""
+        """The loss, the gradients of the layer, and the targets of the rows, which ours makes of the potentials."""
         n_iterations = self.shape.n_iterations
         formula = peers.official(peers.official_head, name)
 
         def run(features: Tensor, weight: Tensor, bias: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
             if name == OURS:
-                out = clustering_head(features, weight, bias, rows, n_iterations=n_iterations, process_group=None)
-                loss, targets = out.loss, out.targets
+                loss, given = clustering_head(features, weight, bias, n_iterations=n_iterations, process_group=None)
+                own = features[rows % len(features), rows // len(features)]
+                targets = clustering_targets(own, weight, bias, given, rows)
             else:
                 loss, targets = formula(features, weight, bias, rows, n_iterations)
             return targets, loss.detach(), *torch.autograd.grad(loss, (weight, bias))

@@ -16,7 +16,7 @@ from capi.fp8 import Quantized, fp8_linear, quantized
 class CastsWeights(nn.Module):
     """A layer that computes with `weights()`: copies of its parameters, stacked and cast, made once in `cast_weights`.
 
-    Gradients reach the parameters through the copies, in the parameters' own type.
+    Gradients reach the parameters through the copies, in the parameters' own type unless `WeightCopies` says otherwise.
     """
 
     _cast: tuple[Tensor | Quantized, ...] | None = None
@@ -48,6 +48,7 @@ class WeightCopies:
             for weight, part in zip(stack, copy.split([len(weight) for weight in stack]), strict=True)
         }
         """Each weight's own part of a copy."""
+        self.trained = [weight for weight in self.parts if weight.requires_grad]
         self._versions = self._current()
 
     @torch.no_grad()
@@ -56,6 +57,11 @@ class WeightCopies:
         if self._versions != (current := self._current()):
             self._versions = current
             torch._foreach_copy_(list(self.parts.values()), list(self.parts))
+
+    def set_gradient_dtype(self, dtype: torch.dtype) -> None:
+        """That of the gradients of weights that have none yet; in that of the copies nothing is cast."""
+        for weight in self.trained:
+            weight.grad_dtype = dtype
 
     def of(self, layer: CastsWeights) -> tuple[Tensor, ...] | None:
         """The weights of the layer, whose gradients reach the parameters; None where they are not kept here."""
@@ -68,13 +74,13 @@ class WeightCopies:
 
 
 class _Copied(torch.autograd.Function):
-    """A copy of weights, as if it had been made of them here."""
+    """A copy of weights, as if it had been made of them here; gradients in the type that the weights ask for."""
 
     @staticmethod
     def forward(
         ctx: FunctionCtx, copy: Float[Tensor, "rows columns"], *weights: Float[Tensor, "_ columns"]
     ) -> Float[Tensor, "rows columns"]:
-        ctx.rows, ctx.dtype = [len(weight) for weight in weights], weights[0].dtype
+        ctx.rows, ctx.dtype = [len(weight) for weight in weights], weights[0].grad_dtype
         return copy.detach()
 
     @staticmethod

@@ -151,6 +151,36 @@ class TakeRows(torch.autograd.Function):
         return _placed(dy, place), None, None
 
 
+class TakeContext(torch.autograd.Function):
+    """x[tokens], as many of every image, and the same read on to `row` rows an image: [images, row, dim], a view.
+
+    What an image lacks are the first rows of the next one, and no gradient of theirs is counted.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x: Tensor, tokens: Tensor, place: Tensor, per_image: int, row: int
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(place)
+        ctx.per_image, ctx.row = per_image, row
+        # The last image reads some token or other.
+        kept = x.index_select(0, F.pad(tokens, (0, row - per_image)) if row > per_image else tokens)
+        shape = (len(tokens) // per_image, row, x.shape[1])
+        return kept[: len(tokens)], kept.as_strided(shape, (per_image * x.shape[1], x.shape[1], 1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, dkept: Tensor, dread: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (place,) = ctx.saved_tensors
+        dread = dread.flatten(0, 1)
+        if ctx.row == ctx.per_image:
+            return _placed(dkept + dread, place), None, None, None, None
+        # Without the sum first, for which a compiler would copy the rows that count.
+        in_rows = place + place.div(ctx.per_image, rounding_mode="floor") * (ctx.row - ctx.per_image)
+        dx = dkept.index_select(0, place.clamp(min=0)) + dread.index_select(0, in_rows.clamp(min=0))
+        return torch.where((place < 0).unsqueeze(1), 0, dx), None, None, None, None
+
+
 class AddRows(torch.autograd.Function):
     """x, and on its rows `tokens` weight * y more."""
 

@@ -4,8 +4,6 @@ Tokens are packed: the tokens of all images of a batch stand in one [tokens, dim
 images may keep different numbers of patches. State-dict keys are those of the authors' released code.
 """
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 
 from capi.casting import CastsWeights
 from capi.config import ClusteringConfig, ModelConfig
+from capi.coordinates import Coordinates, grid_coordinates, with_registers
 from capi.drop_path import Branches, DropPath, TakeRows
 from capi.masking import Masks
 from capi.transformer import (
@@ -100,6 +99,7 @@ class Backbone(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(1, dim))
         self.registers = nn.Parameter(torch.empty(1, config.n_registers, dim))
         self.patch_embed = PatchEmbed(3, dim, kernel_size=config.patch_size, stride=config.patch_size)
+        self._kept: dict[tuple[tuple[int, int], torch.device], Coordinates] = {}
         self.enc_norm = RMSNorm(dim, eps=NORM_EPS, elementwise_affine=False)
         self.dec_norm = RMSNorm(dim, eps=NORM_EPS, elementwise_affine=False)
 
@@ -127,24 +127,21 @@ class Backbone(nn.Module):
         grid = self._grid(images)
         n_images, n_tokens, n_registers = images.shape[0], grid[0] * grid[1], self.config.n_registers
         x = self.patch_embed(images, None if masks is None else masks.visible_indices)
-        coords = _grid_coordinates(grid, images.device).repeat(n_images, 1)
-        if masks is None:
-            visible_counts: Sequence[int] = (n_tokens,) * n_images
-        else:
-            coords = coords.index_select(0, masks.visible_indices)
-            visible_counts = masks.visible_counts
+        visible_counts = (n_tokens,) * n_images if masks is None else masks.visible_counts
         counts = tuple(n_registers + n for n in visible_counts)
         registers = self.registers.expand(n_images, -1, -1).to(x.dtype)
-        edge = _register_coordinates(n_registers, images.device)
+        of_grid = self._coordinates(grid, images.device)
+        if masks is not None:
+            coords = of_grid.patches.index_select(0, masks.visible_indices % n_tokens)
         if len(set(counts)) == 1:
-            coords = coords.unflatten(0, (n_images, -1))
-            low, high = coords.amin(1, keepdim=True), coords.amax(1, keepdim=True)
-            coords = torch.cat([low + edge * (high - low), coords], dim=1).flatten(0, 1)
             x = torch.cat([registers, x.unflatten(0, (n_images, -1))], dim=1).flatten(0, 1)
-            packed = pack(counts, coords)
+            if masks is None:
+                packed = pack(counts, of_grid.tokens.repeat(n_images, 1))._replace(of_each=of_grid.tokens)
+            else:
+                packed = pack(counts, with_registers(coords.unflatten(0, (n_images, -1)), of_grid.edge).flatten(0, 1))
         else:
             packed = pack(counts, coords)
-            x, coords = _interleaved(registers, edge, x, coords, masks.visible_indices // n_tokens, packed)
+            x, coords = _interleaved(registers, of_grid.edge, x, coords, masks.visible_indices // n_tokens, packed)
             packed = packed._replace(coords=coords)
         return self.enc_norm(self.encoder(x, packed, counts, branches=branches)), packed, counts
 
@@ -157,7 +154,7 @@ class Backbone(nn.Module):
         """Predicts the latents at `masks.predict_indices`, in their order, from the visible patches."""
         context = self.encode(images, masks, None if drop_path is None else drop_path.encoder)
         branches = None if drop_path is None else drop_path.predictor
-        coords = _grid_coordinates(self._grid(images), images.device)
+        coords = self._coordinates(self._grid(images), images.device).patches
         coords = coords.index_select(0, masks.predict_indices % coords.shape[0])
         packed = pack(masks.predict_counts, coords)
         # Written out, for the first block to be compiled as the others are.
@@ -177,7 +174,7 @@ class Backbone(nn.Module):
         """
         grid, n_images = self._grid(images), images.shape[0]
         context, context_packed, _ = self.encode(images)
-        coords = _grid_coordinates(grid, images.device).repeat(n_images, 1)
+        coords = self._coordinates(grid, images.device).patches.repeat(n_images, 1)
         counts = (grid[0] * grid[1],) * n_images
         x = self.mask_token.to(context.dtype).expand(coords.shape[0], -1)
         predicted = self.dec_norm(self.decoder.blocks[0](x, pack(counts, coords), context, context_packed))
@@ -193,11 +190,21 @@ class Backbone(nn.Module):
             )
         return rows, columns
 
+    def _coordinates(self, grid: tuple[int, int], device: torch.device) -> Coordinates:
+        """Made once for each grid and device, and kept: a CUDA graph reads them where they lie.
 
-def _grid_coordinates(grid: tuple[int, int], device: torch.device) -> Float[Tensor, "positions 2"]:
-    """(row, column) of every patch, from 0 to 1."""
-    rows, columns = (torch.linspace(0, 1, n, device=device) for n in grid)
-    return torch.cartesian_prod(rows, columns)
+        Not kept is what has no memory of its own: a tracer's tensors, and those of a graph that is being captured.
+        """
+        if torch.compiler.is_compiling():
+            return grid_coordinates(grid, self.config.n_registers, device)
+        if (grid, device) in self._kept:
+            return self._kept[grid, device]
+        with torch.inference_mode(False):  # Tensors made in it could be used in no other.
+            coordinates = grid_coordinates(grid, self.config.n_registers, device)
+        captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if type(coordinates.tokens) is Tensor and not captured:
+            self._kept[grid, device] = coordinates
+        return coordinates
 
 
 def _interleaved(
@@ -233,14 +240,6 @@ def _channels(values: tuple[float, ...], like: Tensor) -> Float[Tensor, "3 1"]:
     channel = torch.arange(3, device=like.device).unsqueeze(1)
     first, second, third = values
     return torch.where(channel == 0, first, torch.where(channel == 1, second, third))
-
-
-def _register_coordinates(n: int, device: torch.device) -> Float[Tensor, "registers 2"]:
-    """Points that walk the perimeter of the unit square."""
-    step = torch.arange(n // 4, device=device) / max(n // 4, 1)
-    zero, one = torch.zeros_like(step), torch.ones_like(step)
-    sides = [(step, zero), (one, step), (1 - step, one), (zero, 1 - step)]
-    return torch.cat([torch.stack(side, dim=1) for side in sides])
 
 
 class WeightNormLinear(nn.Module):
@@ -364,8 +363,3 @@ class CAPI(nn.Module):
         """What the moving average's encoder says of every patch."""
         features, _, counts = self.student_ema.backbone.encode(images)
         return features.unflatten(0, (len(counts), -1))[:, self.student_ema.backbone.config.n_registers :]
-
-
-def target_entropy(targets: Float[Tensor, "predicted prototypes"]) -> Float[Tensor, ""]:
-    """Mean entropy of the assignments, in nats."""
-    return -torch.xlogy(targets, targets).sum(-1).mean()

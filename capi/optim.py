@@ -80,10 +80,14 @@ def allocate_states(optimizer: torch.optim.Optimizer) -> None:
 
 @torch.no_grad()
 def all_finite(tensors: Iterable[Tensor]) -> Bool[Tensor, ""]:
-    """Whether every value is, on the device: one pass over the tensors, which must be of one device and type."""
+    """Whether every value is, on the device: one pass over the tensors, which must be of one device."""
+    of_type: dict[torch.dtype, list[Tensor]] = {}
+    for x in tensors:
+        if x.numel():
+            of_type.setdefault(x.dtype, []).append(x)
     # Of the largest value: squares of values above 1e19 would overflow.
-    norms = torch._foreach_norm([x for x in tensors if x.numel()], torch.inf)
-    return torch.stack(norms).isfinite().all()
+    norms = [torch.stack(torch._foreach_norm(same, torch.inf)) for same in of_type.values()]
+    return torch.cat(norms).isfinite().all()
 
 
 def trained_pairs(model: CAPI) -> list[tuple[nn.Parameter, nn.Parameter]]:

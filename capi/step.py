@@ -20,12 +20,12 @@ from capi.casting import WeightCopies, cast_weights
 from capi.config import Config
 from capi.distributed import GradientAverage, World, average, mean_over_ranks
 from capi.drop_path import draw, received, send
-from capi.model import CAPI, target_entropy
+from capi.model import CAPI
 from capi.optim import all_finite, build_optimizers, schedule_value, set_learning_rates, update_ema
 from capi.profiling import HostTime
 from capi.seeding import Purpose, generator
 from capi.step_graph import Losses, MicroBatch, StepGraph, StepInputs, graphs_obstacle
-from capi_kernels import student_loss
+from capi_kernels import student_loss_with_statistics
 
 logger = logging.getLogger("capi")
 
@@ -66,18 +66,17 @@ class Trainer:
         self.host = HostTime()
         self.updating = Lock()
         """Held while the state changes: who holds it finds it whole."""
-        self.statistics = _target_statistics
+        self._graph: StepGraph | None = None
+        self._share_tables()
         # On a CPU the product and the sum are as fast apart.
         self.model.student_ema.backbone.encoder.in_place = world.device.type == "cuda"
         for backbone in (self.model.student.backbone, self.model.student_ema.backbone):
             for transformer in (backbone.encoder, backbone.decoder):
                 transformer.checkpoint_activations = config.run.checkpoint_activations
         if config.run.compile == "on" or (config.run.compile == "auto" and world.device.type == "cuda"):
-            self.statistics = torch.compile(_target_statistics)
             self.model.student.compile_pointwise()
             self.model.student_ema.compile_pointwise()
         self.uses_graphs = config.run.cuda_graphs != "off" and graphs_obstacle(config, world) is None
-        self._graph: StepGraph | None = None
         self.student: nn.Module = self.model.student
         if world.size > 1:
             self.student = DistributedDataParallel(self.student, gradient_as_bucket_view=True)
@@ -162,6 +161,10 @@ class Trainer:
         student_optimizer, clustering_optimizer = self.optimizers
         student_optimizer.zero_grad(set_to_none=self.world.size == 1)  # else they stay parts of DDP's buckets
         clustering_optimizer.zero_grad()
+        if self.copies is not None:
+            # The update reads them as they come; sums, over micro-batches or ranks, are of float32.
+            alone = self.world.size == len(inputs.batches) == 1
+            self.copies.set_gradient_dtype(self.compute_dtype if alone else torch.float32)
 
         fp8 = config.run.teacher_precision == "fp8"
         with cast_weights(self.teacher_modules(), self.compute_dtype, self.copies, fp8=fp8):
@@ -176,11 +179,12 @@ class Trainer:
                 with torch.no_grad():
                     here = features[first_image : first_image + len(images)]
                     targets = head.targets(here, potentials, masks.predict_indices, first_image)
-                    entropy, most_likely = self.statistics(targets)
                     first_image += len(images)
                 with self._gradients_are_averaged(i == len(inputs.batches) - 1):
                     logits = self.student(images, masks, drop_path)
-                    loss = student_loss(logits, targets, config.clustering.student_temperature)
+                    loss, entropy, most_likely = student_loss_with_statistics(
+                        logits, targets, config.clustering.student_temperature
+                    )
                     loss = loss * (len(logits) / inputs.n_predicted)
                     loss.backward()
                 losses.append(loss.detach())
@@ -217,6 +221,14 @@ class Trainer:
         student, clustering = self.optimizers
         student.load_state_dict(state["student_optimizer"])
         clustering.load_state_dict(state["clustering_optimizer"])
+        self._share_tables()
+
+    def _share_tables(self) -> None:
+        """Has the teacher make one pair of rotary tables for all images and layers, as far as its weights allow."""
+        encoder = self.model.student_ema.backbone.encoder
+        if (same := encoder.have_equal_frequencies()) != encoder.shares_tables:
+            encoder.shares_tables = same
+            self._graph = None  # What it was captured with.
 
     def _teacher_features(
         self, images: Sequence[Shaped[Tensor, "_ 3 height width"]]
@@ -271,10 +283,6 @@ def _named_tensors(state: dict, prefix: str = "") -> Iterator[tuple[str, Tensor]
             yield from _named_tensors(value, f"{prefix}{key}.")
         elif isinstance(value, Tensor):
             yield f"{prefix}{key}", value
-
-
-def _target_statistics(targets: Float[Tensor, "predicted prototypes"]) -> tuple[Tensor, Tensor]:
-    return target_entropy(targets), targets.argmax(-1)
 
 
 def _compute_dtype(precision: str, device: torch.device) -> torch.dtype:

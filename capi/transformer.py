@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.utils.checkpoint import checkpoint
 
 from capi.casting import CastsWeights, linear
-from capi.drop_path import AddRows, Branches, Subset, TakeRows, sent, subsets
+from capi.drop_path import AddRows, Branches, Subset, TakeContext, TakeRows, sent, subsets
 from capi.fp8 import Quantized
 from capi.masking import cumulative_lengths
 from capi_kernels import (
@@ -34,6 +35,10 @@ class Packed(NamedTuple):
     cu_seqlens: Int[Tensor, "images_plus_1"]
     coords: Float[Tensor, "tokens 2"]
     max_seqlen: int
+    of_each: Float[Tensor, "max_seqlen 2"] | None = None
+    """The coordinates of one image, where they are those of every image."""
+    tables: tuple[Float[Tensor, "tokens head_dim"], Float[Tensor, "tokens head_dim"]] | None = None
+    """The rotary tables, where they are those of every layer."""
 
 
 def pack(counts: Sequence[int], coords: Float[Tensor, "tokens 2"]) -> Packed:
@@ -54,6 +59,29 @@ def add_product_(x: Tensor, y: Tensor, weight: Tensor) -> None:
 @add_product_.register_fake
 def _(x: Tensor, y: Tensor, weight: Tensor) -> None:
     pass
+
+
+@torch.library.custom_op("capi::project_heads", mutates_args=())
+def project_heads(x: Tensor, weight: Tensor) -> Tensor:
+    """out[token, head] = x[token, head] weight[head]^T. The compiler would copy what it made head by head."""
+    out = x.new_empty((*x.shape[:2], weight.shape[1]))
+    torch.bmm(x.transpose(0, 1), weight.mT, out=out.transpose(0, 1))
+    return out
+
+
+@project_heads.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:2], weight.shape[1]))
+
+
+def _project_heads_backward(ctx: FunctionCtx, dout: Tensor) -> tuple[Tensor, Tensor]:
+    x, weight = ctx.saved_tensors
+    return project_heads(dout, weight.mT), torch.bmm(dout.permute(1, 2, 0), x.transpose(0, 1))
+
+
+project_heads.register_autograd(
+    _project_heads_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+)
 
 
 def _product(
@@ -108,7 +136,7 @@ class SelfAttention(Attention):
     ) -> Float[Tensor, "tokens dim"]:
         qkv_weight, proj_weight = self.weights()
         qkv = linear(x, qkv_weight).unflatten(-1, (3, self.num_heads, -1))
-        tables = rotary_tables(packed.coords, self.rope.freqs)
+        tables = packed.tables or rotary_tables(packed.coords, self.rope.freqs)
         out = visible_attention_qkvpacked(qkv, *tables, packed.cu_seqlens, packed.max_seqlen)
         return _product(out.flatten(1), proj_weight, onto)
 
@@ -125,10 +153,14 @@ class CrossAttention(Attention):
         packed: Packed,
         context: Float[Tensor, "context dim"],
         context_packed: Packed,
-        values_last: bool,
+        read: Float[Tensor, "images keys dim"] | None,
         *,
         onto: Float[Tensor, "queries dim"] | None = None,
     ) -> Float[Tensor, "queries dim"]:
+        """With `read`, the context once more, image by image, the values are projected last.
+
+        Rows of it beyond the context's tokens have no weight.
+        """
         q_weight, kv_weight, proj_weight = self.weights()
         q = F.linear(x, q_weight).unflatten(-1, (self.num_heads, -1))
         where = (
@@ -137,19 +169,17 @@ class CrossAttention(Attention):
             packed.cu_seqlens,
             context_packed.cu_seqlens,
             packed.max_seqlen,
-            context_packed.max_seqlen,
         )
-        if values_last:
+        if read is None:
+            kv = F.linear(context, kv_weight).unflatten(-1, (2, self.num_heads, -1))
+            out = masked_cross_attention_kvpacked(q, kv, *where, context_packed.max_seqlen)
+        else:
             k_weight, v_weight = kv_weight.chunk(2)
             k = F.linear(context, k_weight).unflatten(-1, (self.num_heads, -1))
-            weights = cross_attention_weights(q, k, *where)  # [images, heads, queries, keys]
-            images, heads, queries, keys = weights.shape
-            summed = torch.bmm(weights.flatten(1, 2), context.unflatten(0, (images, keys)))
-            summed = summed.unflatten(1, (heads, queries))  # [images, heads, queries, dim]
-            out = torch.einsum("ihqd,hed->iqhe", summed, v_weight.unflatten(0, (heads, -1))).flatten(0, 1)
-        else:
-            kv = F.linear(context, kv_weight).unflatten(-1, (2, self.num_heads, -1))
-            out = masked_cross_attention_kvpacked(q, kv, *where)
+            weights = cross_attention_weights(q, k, *where, read.shape[1])  # [images, heads, queries, keys]
+            # On a GPU the heads of a query stand together in memory, and nothing is copied.
+            summed = torch.bmm(weights.transpose(1, 2).flatten(1, 2), read)  # [images, queries heads, dim]
+            out = project_heads(summed.view(len(q), self.num_heads, -1), v_weight.unflatten(0, (self.num_heads, -1)))
         return _product(out.flatten(1), proj_weight, onto)
 
 
@@ -162,6 +192,11 @@ def _values_come_last(counts: Sequence[int], context_counts: Sequence[int], head
     queries, keys = counts[0], context_counts[0]
     equal = len(set(counts)) == len(set(context_counts)) == 1
     return equal and queries * (heads * keys + dim) < keys * (queries + dim)
+
+
+def _row(keys: int, device: torch.device) -> int:
+    """How many keys to multiply with: of a multiple of 16 cuBLAS makes faster products."""
+    return keys if device.type == "cpu" else -(-keys // 16) * 16
 
 
 class RMSNorm(nn.RMSNorm):
@@ -239,9 +274,15 @@ class Block(nn.Module):
     ) -> Float[Tensor, "tokens dim"]:
         arguments = (_restricted(packed, attention_subset),)
         if context is not None:
-            if context_subset is not None:
+            keys, read = context_packed.max_seqlen, None
+            if values_last and context_subset is None:
+                read = context.unflatten(0, (-1, keys))
+            elif values_last:
+                where = context_subset.tokens, context_subset.place, keys, _row(keys, context.device)
+                context, read = TakeContext.apply(context, *where)
+            elif context_subset is not None:
                 context = TakeRows.apply(context, context_subset.tokens, context_subset.place)
-            arguments += (context, _restricted(context_packed, context_subset), values_last)
+            arguments += (context, _restricted(context_packed, context_subset), read)
         x = self.residual1(x, attention_subset, *arguments, in_place=in_place)
         return self.residual2(x, mlp_subset, in_place=in_place)
 
@@ -253,6 +294,13 @@ class Transformer(nn.Module):
         self.checkpoint_activations = False
         self.in_place = False
         """Without gradients and drop-path, add the residual branches to the x that is given, which is lost."""
+        self.shares_tables = False
+        """Where all images have the same coordinates, make rotary tables of one image, for all layers."""
+
+    def have_equal_frequencies(self) -> bool:
+        """Whether all layers do, as they do unless a checkpoint says otherwise; waits for the device."""
+        first, *others = (block.residual1.fn.rope.freqs for block in self.blocks)
+        return all(torch.equal(first, other) for other in others)
 
     def forward(
         self,
@@ -267,10 +315,13 @@ class Transformer(nn.Module):
         depth = len(self.blocks)
         attention = of_context = mlp = [None] * depth
         if branches is not None:  # Those of the attentions, then those of the MLPs.
-            of_attention, of_mlp = branches.part(slice(depth)), branches.part(slice(depth, None))
-            attention, mlp = (subsets(x, counts, packed.cu_seqlens) for x in (of_attention, of_mlp))
+            chosen = subsets(branches, counts, packed.cu_seqlens)
+            attention, mlp = chosen[:depth], chosen[depth:]
             if context is not None:
-                of_context = subsets(of_attention, context_counts, context_packed.cu_seqlens)
+                of_context = subsets(branches.part(slice(depth)), context_counts, context_packed.cu_seqlens)
+        elif self.shares_tables and packed.of_each is not None:
+            tables = rotary_tables(packed.of_each, self.blocks[0].residual1.fn.rope.freqs)
+            packed = packed._replace(tables=tuple(table.repeat(len(counts), 1) for table in tables))
         # Chosen here, on the host: in a compiled block it would be another condition to compile for.
         heads = self.blocks[0].residual1.fn.num_heads
         values_last = context is not None and _values_come_last(counts, context_counts, heads, x.shape[1])

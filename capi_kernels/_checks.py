@@ -6,18 +6,6 @@ from operator import sub
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, group, is_initialized
-
-
-def resolve_group(process_group: ProcessGroup | str | None) -> ProcessGroup | None:
-    """The group to reduce over; None is this process alone, as in a group of one."""
-    if process_group == "world":
-        process_group = group.WORLD if is_initialized() else None
-    if process_group is None:
-        return None
-    if isinstance(process_group, ProcessGroup):
-        return process_group if process_group.size() > 1 else None
-    raise TypeError(f'process_group must be "world", a ProcessGroup or None, got {process_group!r}')
 
 
 def check_is_tensor(name: str, x: object) -> None:

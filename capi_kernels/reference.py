@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 
-from capi_kernels._checks import resolve_group
+from capi_kernels._process_groups import resolve_group
 
 SHIFT = 50.0  # The official code scales its exponentials by exp(50): it weighs them against eps.
 
@@ -24,21 +24,19 @@ class Potentials(NamedTuple):
     row: Float[Tensor, "*slices images"]
 
 
-class TargetRows(NamedTuple):
-    """Rows of a Sinkhorn assignment that are computed where they are needed rather than stored."""
-
-    logits: Float[Tensor, "positions images prototypes"] | Float[Tensor, "selected prototypes"]
-    potentials: Potentials
-    rows: Int[Tensor, " selected"]  # image * positions + position
-    temperature: float
-
-
 class ClusteringHead(NamedTuple):
-    """What the clustering head returns: its loss, the targets of the chosen rows, the Sinkhorn potentials."""
+    """What the clustering head returns: its loss, and the Sinkhorn potentials that its targets are made of."""
 
     loss: Float[Tensor, ""]
-    targets: Float[Tensor, "selected prototypes"] | None
     potentials: Potentials
+
+
+class StudentLoss(NamedTuple):
+    """The student's loss, and of its targets the mean entropy in nats and each one's most likely prototype."""
+
+    loss: Float[Tensor, ""]
+    target_entropy: Float[Tensor, ""]
+    most_likely: Int[Tensor, " predicted"]
 
 
 def _reduced(x: Tensor, op: ReduceOp.RedOpType, process_group: ProcessGroup | None) -> Tensor:
@@ -125,7 +123,6 @@ def clustering_head(
     features: Float[Tensor, "positions images dim"],
     weight: Float[Tensor, "prototypes dim"],
     bias: Float[Tensor, " prototypes"] | None,
-    rows: Int[Tensor, " selected"] | None = None,
     *,
     target_temperature: float = 0.06,
     prediction_temperature: float = 0.12,
@@ -142,12 +139,10 @@ def clustering_head(
     potentials = sinkhorn_potentials(slices, n_iterations, eps, **options)
     targets = sinkhorn_positionwise(slices, n_iterations, eps, **options).view_as(logits)
     loss = -(targets * F.log_softmax(logits / prediction_temperature, dim=-1)).sum(-1).mean()
-    # rows count image by image, the slices position by position.
-    selected = None if rows is None else targets.transpose(0, 1).flatten(0, 1)[rows]
     if not positionwise:  # Every position has the columns of all.
         column_max, column = (x.expand(len(logits), -1) for x in potentials[:2])
         potentials = Potentials(column_max, column, potentials.row.view(logits.shape[:2]))
-    return ClusteringHead(loss, selected, potentials)
+    return ClusteringHead(loss, potentials)
 
 
 def clustering_targets(
@@ -159,23 +154,31 @@ def clustering_targets(
     *,
     target_temperature: float = 0.06,
 ) -> Float[Tensor, "selected prototypes"]:
-    """The targets of `clustering_head` from its potentials and the features of the chosen rows alone."""
+    """What `clustering_head` balanced of the rows image * positions + position, made of their features alone."""
     logits = _clustering_logits(features, weight, bias)
     return assignments_from_potentials(logits, potentials, rows, temperature=target_temperature).detach()
 
 
 def student_loss(
     logits: Float[Tensor, "predicted prototypes"],
-    targets: Float[Tensor, "predicted prototypes"] | TargetRows,
+    targets: Float[Tensor, "predicted prototypes"],
     temperature: float = 0.12,
 ) -> Float[Tensor, ""]:
     """Mean over predictions of -sum_k target_k log softmax(logits / temperature)_k."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if isinstance(targets, TargetRows):
-        targets = assignments_from_potentials(
-            targets.logits.to(logits.dtype), targets.potentials, targets.rows, temperature=targets.temperature
-        )
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    logits, targets = logits.to(wide), targets.to(wide)
     return -(targets.detach() * F.log_softmax(logits / temperature, dim=-1)).sum(-1).mean()
+
+
+def student_loss_with_statistics(
+    logits: Float[Tensor, "predicted prototypes"],
+    targets: Float[Tensor, "predicted prototypes"],
+    temperature: float = 0.12,
+) -> StudentLoss:
+    """The loss, mean over predictions of -sum_k target_k log target_k, and argmax_k target_k."""
+    loss = student_loss(logits, targets, temperature)
+    targets = targets.detach().to(loss.dtype)
+    return StudentLoss(loss, -torch.xlogy(targets, targets).sum(-1).mean(), targets.argmax(-1))
 
 
 def rotary_tables(

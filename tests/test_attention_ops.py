@@ -33,7 +33,8 @@ def visible_operands(lengths: list[int], *, rotary: bool = True) -> tuple:
     generator = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(sum(lengths), 3, 2, 8, generator=generator).unbind(1)
     tables = torch.randn(2, sum(lengths), 8, generator=generator).unbind(0) if rotary else (None, None)
-    return *(x.requires_grad_() for x in (q, k, v)), *tables, cumulative(lengths), max(lengths), 0.3
+    where = (cumulative(lengths), None, None, max(lengths), max(lengths))
+    return *(x.requires_grad_() for x in (q, k, v)), *tables, None, None, *where, 0.3
 
 
 def cross_operands(queries: list[int], contexts: list[int], kv_index: list[int] | None) -> tuple:
@@ -54,18 +55,18 @@ def weights_operands(*lengths) -> tuple:
 
 
 CASES = {
-    "ragged": (OPS.visible_attention.default, visible_operands([3, 0, 5])),
-    "full": (OPS.visible_attention.default, visible_operands([4, 4], rotary=False)),
-    "cross": (OPS.masked_cross_attention.default, cross_operands([3, 1], [5, 2], None)),
-    "indexed": (OPS.masked_cross_attention.default, cross_operands([3, 1, 2], [5, 2], [1, 0, 1])),
+    "ragged": (OPS.attention.default, visible_operands([3, 0, 5])),
+    "full": (OPS.attention.default, visible_operands([4, 4], rotary=False)),
+    "cross": (OPS.attention.default, cross_operands([3, 1], [5, 2], None)),
+    "indexed": (OPS.attention.default, cross_operands([3, 1, 2], [5, 2], [1, 0, 1])),
     "weights": (OPS.cross_attention_weights.default, weights_operands([3, 1], [5, 2], None)),
     "indexed weights": (OPS.cross_attention_weights.default, weights_operands([3, 1, 2], [5, 2], [1, 0, 1])),
 }
 
 
 def visible(*operands) -> Tensor:
-    *given, scale = operands
-    return visible_attention(*given, scale=scale)
+    q, k, v, cos, sin, _, _, cu_seqlens, _, _, max_seqlen, _, scale = operands
+    return visible_attention(q, k, v, cos, sin, cu_seqlens, max_seqlen, scale=scale)
 
 
 def cross(*operands) -> Tensor:
@@ -79,8 +80,11 @@ def weights(*operands) -> Tensor:
 
 
 def visible_packed(q, k, v, *operands) -> Tensor:
-    *given, scale = operands
-    return visible_attention_qkvpacked(torch.stack([q, k, v], 1), *given, scale=scale)
+    return visible_of(torch.stack([q, k, v], 1), *operands)
+
+
+def visible_of(qkv, cos, sin, _k_cos, _k_sin, cu_seqlens, _cu_seqlens_k, _kv_index, max_seqlen, _, scale) -> Tensor:
+    return visible_attention_qkvpacked(qkv, cos, sin, cu_seqlens, max_seqlen, scale=scale)
 
 
 def cross_packed(q, k, v, *operands) -> Tensor:
@@ -113,7 +117,9 @@ def check_ops(op, operands: tuple) -> None:
     results = op(*operands)
     out, *saved = (results,) if isinstance(results, Tensor) else results
     backward = getattr(OPS, f"{op._opname}_backward").default
-    torch.library.opcheck(backward, (torch.randn_like(out), out, *saved, *operands))
+    for parts in ([[3], [1, 2]] if operands[-5] is None else [[1, 2]]) if saved else [None]:
+        more = () if parts is None else (parts,)
+        torch.library.opcheck(backward, (torch.randn_like(out), out, *saved, *operands, *more))
 
 
 @OPCHECK
@@ -137,14 +143,19 @@ def test_shapes_on_a_gpu_without_one() -> None:
     """The fakes of the Triton kernels save two numbers a row, and not the weights."""
     _, operands = CASES["ragged"]
     with torch._subclasses.FakeTensorMode():
-        fakes = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda") for x in operands[:6]]
-        out, (saved,) = OPS.visible_attention(*fakes, *operands[6:])
-        dqkv = OPS.visible_attention_backward(out, out, [saved], *fakes, *operands[6:])
+        fakes = [
+            torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda") if isinstance(x, Tensor) else x
+            for x in operands
+        ]
+        out, (saved,) = OPS.attention(*fakes)
+        (dqkv,) = OPS.attention_backward(out, out, [saved], *fakes, [3])
+        dq, dkv = OPS.attention_backward(out, out, [saved], *fakes, [1, 2])
     assert out.device.type == "cuda"
     assert out.shape == (8, 2, 8)
     assert saved.shape == (2, 2, 8)
     assert saved.dtype == torch.float32
     assert dqkv.shape == (8, 3, 2, 8)
+    assert (dq.shape, dkv.shape) == ((8, 2, 8), (8, 2, 2, 8))
 
     _, operands = CASES["indexed weights"]
     with torch._subclasses.FakeTensorMode():
@@ -152,7 +163,7 @@ def test_shapes_on_a_gpu_without_one() -> None:
         out = OPS.cross_attention_weights(*fakes, *operands[9:])
         dq, dk = OPS.cross_attention_weights_backward(out, out, *fakes, *operands[9:])
     assert out.shape == (3, 2, 3, 5)
-    assert out.stride() == (2 * 3 * 16, 3 * 16, 16, 1)  # Rows are aligned.
+    assert out.stride() == (3 * 2 * 16, 16, 2 * 16, 1)  # Rows are aligned, and those of a query's heads together.
     assert (dq.shape, dk.shape) == ((6, 2, 8), (7, 2, 8))
 
 
@@ -178,8 +189,8 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, arguments=(), options=None):
         result = op(*arguments, **(options or {}))
         self.ops.append(op)
-        if op in (OPS.visible_attention_backward.default, OPS.masked_cross_attention_backward.default):
-            self.gradients = (result,) if isinstance(result, Tensor) else result
+        if op == OPS.attention_backward.default:
+            self.gradients = result
         return result
 
 
@@ -199,8 +210,7 @@ def test_packed_gradients_are_the_buffer_of_the_backward(case: str, strided: boo
     for x in packed:
         x.requires_grad_()
     if len(packed) == 1:
-        *given, scale = operands[3:]
-        out = visible_attention_qkvpacked(*packed, *given, scale=scale)
+        out = visible_of(*packed, *operands[3:])
     else:
         *given, kv_index, max_q, max_k, scale = operands[3:]
         out = masked_cross_attention_kvpacked(*packed, *given, max_q, max_k, kv_index=kv_index, scale=scale)
@@ -337,7 +347,8 @@ def under_autocast(*operands):
 def op_under_autocast(x, context, tables, context_tables, cu_seqlens, cu_context, kv_index, max_seqlen, max_context):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         q, k, v = (x * 1.5).unbind(1)
-        return torch.ops.capi_kernels.visible_attention(q, k, v, *tables, cu_seqlens, max_seqlen, 0.3)[0].sin()
+        where = (cu_seqlens, None, None, max_seqlen, max_seqlen, 0.3)
+        return torch.ops.capi_kernels.attention(q, k, v, *tables, None, None, *where)[0].sin()
 
 compilations = 0
 def backend(graph, inputs):
@@ -413,10 +424,11 @@ def test_gradcheck(case: str, keys: int) -> None:
     q_tables, k_tables = draw(2, 3, 2).unbind(), draw(2, keys, 2).unbind()
     q, k, v = (x.requires_grad_() for x in (draw(3, 1, 2), draw(keys, 1, 2), draw(keys, 1, 2)))
     here, where = (*k_tables, cu_k, keys), (*q_tables, *k_tables, cu_q, cu_k, 2, keys - 1)
+    own = (*k_tables, None, None, cu_k, None, None, keys, keys, 0.5)
     index = torch.tensor([1, 1 if keys == 9 else 0])
     function, inputs = {
         "visible": (lambda k, v: visible_attention(k, k.sin(), v, *here), (k, v)),
-        "visible, op": (lambda k, v: OPS.visible_attention(k, k.sin(), v, *here, 0.5)[0], (k, v)),
+        "visible, op": (lambda k, v: OPS.attention(k, k.sin(), v, *own)[0], (k, v)),
         "packed": (lambda k, v: visible_attention_qkvpacked(torch.stack([k, k.sin(), v], 1), *here), (k, v)),
         "cross": (lambda q, k, v: masked_cross_attention(q, k, v, *where, kv_index=index), (q, k, v)),
         "cross, packed": (

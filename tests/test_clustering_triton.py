@@ -10,8 +10,10 @@ from numerics import assert_draws_as_accurate, least_exact, sums_in_blocks
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from capi_kernels import Potentials, clustering_triton, reference, sinkhorn, sinkhorn_potentials, sinkhorn_triton
-from capi_kernels.clustering_triton import ChosenTargets, clustering_head, head_rows
+from capi_kernels import Potentials, _process_groups, reference, sinkhorn_potentials
+from capi_kernels.heads import clustering_head_triton
+from capi_kernels.heads.clustering_head_triton import clustering_head, head_rows
+from capi_kernels.sinkhorn import balance_triton
 
 pytestmark = pytest.mark.usefixtures("guarded_memory")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -24,38 +26,35 @@ MORE_SEEDS = range(16)  # Of half precision: two roundings of the features give 
 def draw(
     positions: int, images: int, prototypes: int, dim: int, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> tuple[Tensor, ...]:
-    """Features (a transposed view) in `dtype`; float32 weight and bias; unsorted rows with repeats."""
+    """Features (a transposed view) in `dtype`; float32 weight and bias."""
     generator = torch.Generator().manual_seed(positions + images + 1000 * seed)
     features, weight, bias = (
         torch.randn(shape, generator=generator).to(DEVICE)
         for shape in ((images, positions, dim), (prototypes, dim), (prototypes,))
     )
-    rows = torch.randint(positions * images, (7,), generator=generator).to(DEVICE)
-    return features.to(dtype).transpose(0, 1), weight, bias, rows
+    return features.to(dtype).transpose(0, 1), weight, bias
 
 
 def run(
     features: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    rows: Tensor | None,
     positionwise: bool,
     chunk: int | None = None,
     temperatures: tuple[float, float] = (0.06, 0.12),
     n_iterations: int = 3,
     eps: float = 1e-8,
 ) -> dict[str, Tensor | None]:
-    loss, targets, potentials, dweight, dbias = clustering_head(
-        features, weight, bias, rows, *temperatures, n_iterations, eps, positionwise, chunk, None, features.dtype
+    loss, potentials, dweight, dbias = clustering_head(
+        features, weight, bias, *temperatures, n_iterations, eps, positionwise, chunk, None, features.dtype
     )
-    return {"loss": loss, "targets": targets, "dweight": dweight, "dbias": dbias, **potentials._asdict()}
+    return {"loss": loss, "dweight": dweight, "dbias": dbias, **potentials._asdict()}
 
 
 def defined(
     features: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    rows: Tensor | None,
     positionwise: bool,
     temperatures: tuple[float, float] = (0.06, 0.12),
     n_iterations: int = 3,
@@ -65,11 +64,10 @@ def defined(
     bias = torch.zeros_like(weight[:, 0]) if bias is None else bias
     bias = bias.detach().requires_grad_()
     target_temperature, prediction_temperature = temperatures
-    loss, targets, _ = reference.clustering_head(
+    loss, _ = reference.clustering_head(
         features,
         weight,
         bias,
-        rows,
         target_temperature=target_temperature,
         prediction_temperature=prediction_temperature,
         n_iterations=n_iterations,
@@ -77,19 +75,19 @@ def defined(
         positionwise=positionwise,
     )
     loss.backward()
-    return {"loss": loss.detach(), "targets": targets, "dweight": weight.grad, "dbias": bias.grad}
+    return {"loss": loss.detach(), "dweight": weight.grad, "dbias": bias.grad}
 
 
-Draw = tuple[Tensor, Tensor, Tensor | None, Tensor]
+Draw = tuple[Tensor, Tensor, Tensor | None]
 
 
 def results(draws: Iterable[Draw], run: Callable[..., dict], *options, **run_options) -> list[tuple[dict, dict, dict]]:
     """What the kernels, the definition in the same dtype and the definition in float64 make of each draw."""
     compared = []
-    for *inputs, rows in draws:
-        oracle = defined(*(x if x is None else x.double() for x in inputs), rows, *options)
-        single = least_exact(partial(defined, *inputs, rows, *options), oracle)
-        actual = run(*inputs, rows, *options, **run_options)
+    for inputs in draws:
+        oracle = defined(*(x if x is None else x.double() for x in inputs), *options)
+        single = least_exact(partial(defined, *inputs, *options), oracle)
+        actual = run(*inputs, *options, **run_options)
         compared.append(({name: actual[name] for name in oracle}, single, oracle))
     return compared
 
@@ -113,11 +111,11 @@ def assert_no_less_exact(compared: list[tuple[dict, dict, dict]]) -> None:
 
 @pytest.mark.parametrize("positionwise", [True, False], ids=["positionwise", "together"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_loss_targets_and_gradients_match_the_definition(shape: tuple[int, ...], positionwise: bool) -> None:
+def test_loss_and_gradients_match_the_definition(shape: tuple[int, ...], positionwise: bool) -> None:
     chunk = 2 if shape[0] > 2 else None
     draws = [draw(*shape, seed=seed) for seed in SEEDS]
     assert_defined(results(draws, run, positionwise, chunk=chunk))
-    without_bias = [(features, weight, None, rows) for features, weight, _, rows in draws]
+    without_bias = [(features, weight, None) for features, weight, _ in draws]
     assert_defined(results(without_bias, run, positionwise, chunk=chunk))
 
 
@@ -137,7 +135,7 @@ def test_options() -> None:
     options = (True, (0.2, 0.5), 2, 0.1)
     compared = results(
         [draw(3, 4, 9, 5, seed=seed) for seed in SEEDS],
-        lambda *inputs: run(*inputs[:5], None, *inputs[5:]),
+        lambda *inputs: run(*inputs[:4], None, *inputs[4:]),
         *options,
     )
     assert_defined(compared)
@@ -147,7 +145,7 @@ def test_options() -> None:
 @pytest.mark.parametrize("positionwise", [True, False], ids=["positionwise", "together"])
 def test_half_features_meet_float32_weights(positionwise: bool, dtype: torch.dtype) -> None:
     draws = [draw(3, 9, 64, 8, dtype, seed) for seed in MORE_SEEDS]
-    assert_no_less_exact(results(draws, lambda *x: run(*x[:5], 2, *x[5:]), positionwise, (0.5, 0.5)))
+    assert_no_less_exact(results(draws, lambda *x: run(*x[:4], 2, *x[4:]), positionwise, (0.5, 0.5)))
 
 
 @pytest.mark.parametrize("positionwise", [True, False], ids=["positionwise", "together"])
@@ -158,28 +156,12 @@ def test_the_same_bits_twice(positionwise: bool) -> None:
         assert all(torch.equal(first[name], x) for name, x in second.items())
 
 
-def test_targets_are_aligned_with_rows() -> None:
-    features, weight, bias, _ = draw(3, 4, 9, 5)
-    rows = torch.tensor([11, 0, 4, 4, 10, 1], dtype=torch.int32, device=DEVICE)  # image * 3 + position
-    assignments = defined(features, weight, bias, torch.arange(12, device=DEVICE), True)["targets"]
-    for chunk in (1, 3):
-        targets = run(features, weight, bias, rows, True, chunk)["targets"]
-        torch.testing.assert_close(targets, assignments[rows], rtol=1e-4, atol=1e-6)
-        assert (targets - assignments[rows - 3]).abs().amax(1).min() > 1e-2
-
-
-def test_no_rows_and_zero_rows() -> None:
-    features, weight, bias, rows = draw(3, 4, 9, 5)
-    assert run(features, weight, bias, None, True)["targets"] is None
-    assert run(features, weight, bias, rows[:0], True)["targets"].shape == (0, 9)
-
-
 def test_potentials_are_those_of_sinkhorn() -> None:
-    features, weight, bias, _ = draw(3, 4, 9, 5)
+    features, weight, bias = draw(3, 4, 9, 5)
     logits = torch.nn.functional.normalize(features.double(), dim=-1) @ weight.double().T + bias
     for positionwise, slices in ((True, logits), (False, logits.flatten(0, 1))):
         expected = reference.sinkhorn_potentials(slices, temperature=0.06)
-        actual = run(features, weight, bias, None, positionwise, 2)
+        actual = run(features, weight, bias, positionwise, 2)
         assert actual["row"].shape == slices.shape[:-1]
         product = actual["column"].unsqueeze(-2) * actual["row"].unsqueeze(-1)
         expected_product = expected.column.unsqueeze(-2) * expected.row.unsqueeze(-1)
@@ -193,10 +175,10 @@ def test_potentials_are_those_of_sinkhorn() -> None:
 def test_rows_write_their_gradient_over_the_logits_and_nothing_else(
     ahead: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Large logits, a row without mass, two programs; every place of a row chosen several times, in two parts."""
-    default = clustering_triton.head_rows_config
+    """Large logits, a row without mass, two programs."""
+    default = clustering_head_triton.head_rows_config
     options = {"AHEAD": ahead, "BIAS": ahead % 2 == 0}
-    monkeypatch.setattr(clustering_triton, "head_rows_config", lambda *shape: default(*shape) | options)
+    monkeypatch.setattr(clustering_head_triton, "head_rows_config", lambda *shape: default(*shape) | options)
     positions, images, prototypes = 2, 20, 37
     generator = torch.Generator().manual_seed(0)
     guard = torch.full((3, positions, images, prototypes), 7.0, device=DEVICE)
@@ -206,12 +188,6 @@ def test_rows_write_their_gradient_over_the_logits_and_nothing_else(
     before = logits.clone()
     potentials = sinkhorn_potentials(before, 2)  # as after the last but one iteration, column update included
     row = potentials.row.clone()
-    rows = torch.tensor([8, 0, 8, 39], device=DEVICE)  # image * positions + position
-    chosen = ChosenTargets(rows, positions, images, images, prototypes)
-    for part in range(2):
-        of_part = Potentials(*(x[part : part + 1] for x in potentials))
-        chosen.gather(part, part * images, logits[part : part + 1], of_part, 1.0, 1e-8)
-    assert torch.equal(potentials.row, row)
     loss, dbias = torch.full((40,), math.nan, device=DEVICE), torch.full((1, prototypes), math.nan, device=DEVICE)
     head_rows(logits, potentials, loss, dbias, 1.0, 0.5, 1e-8)
 
@@ -224,14 +200,13 @@ def test_rows_write_their_gradient_over_the_logits_and_nothing_else(
     torch.testing.assert_close(loss.double(), expected.detach().flatten(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(-logits.double(), z.grad, rtol=0, atol=1e-5)
     torch.testing.assert_close(-dbias[0].double(), z.grad.sum((0, 1)), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(chosen.targets.double(), t.transpose(0, 1).flatten(0, 1)[rows], rtol=1e-4, atol=1e-6)
     assert (guard[0] == 7).all()
     assert (guard[2] == 7).all()
 
 
 def test_position_chunks_fit_in_their_bytes() -> None:
     features = torch.zeros(256, 512, 1, device=DEVICE)
-    chunk = clustering_triton.default_position_chunk
+    chunk = clustering_head_triton.default_position_chunk
     if DEVICE == "cpu":
         assert chunk(features, 16384, torch.bfloat16, None) == 64
         assert chunk(features, 16384, torch.float32, None) == 32
@@ -247,16 +222,16 @@ def test_ranks_agree_on_a_cpu_where_they_can(backends: str, device: str, monkeyp
         assert x.device.type == device
         raise Reduced
 
-    monkeypatch.setattr(sinkhorn, "get_backend_config", lambda group: backends)
-    monkeypatch.setattr(sinkhorn, "all_reduce", all_reduce)
+    monkeypatch.setattr(_process_groups, "get_backend_config", lambda group: backends)
+    monkeypatch.setattr(_process_groups, "all_reduce", all_reduce)
     with pytest.raises(Reduced):
-        sinkhorn.largest([3, -4], ProcessGroup(0, 2), torch.device("meta"))  # which stands for a GPU
+        _process_groups.largest([3, -4], ProcessGroup(0, 2), torch.device("meta"))  # which stands for a GPU
 
 
 def test_a_batch_gathered_over_many_steps_is_balanced_whole() -> None:
     """More images than a block has: the rows form, one position at a time, as with features of many micro-batches."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sinkhorn_triton, "MOST_IMAGES_IN_BLOCK", 32)
+        patch.setattr(balance_triton, "MOST_IMAGES_IN_BLOCK", 32)
         assert_defined(results([draw(2, 40, 9, 5, seed=seed) for seed in SEEDS], run, True, chunk=1))
 
 
@@ -272,10 +247,10 @@ def test_the_heads_true_size_on_a_gpu() -> None:
 def test_gradients_of_the_public_op_on_a_gpu() -> None:
     from capi_kernels import clustering_head as public
 
-    features, weight, bias, rows = draw(3, 9, 64, 8)
+    features, weight, bias = draw(3, 9, 64, 8)
     weight.requires_grad_()
-    head = public(features, weight, bias, rows)
+    head = public(features, weight, bias)
     (3 * head.loss).backward()
-    expected = run(features, weight.detach(), bias, rows, True)
-    assert torch.equal(head.targets, expected["targets"])
+    expected = run(features, weight.detach(), bias, True)
+    assert all(torch.equal(x, expected[name]) for name, x in head.potentials._asdict().items())
     torch.testing.assert_close(weight.grad, 3 * expected["dweight"])

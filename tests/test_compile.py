@@ -71,34 +71,18 @@ def operands() -> dict[str, tuple]:
             OPS.assignments_from_potentials.default,
             *(predictions.detach().half(), *potentials, rows, 0.1, torch.float32),
         ),
-        "head": (OPS.clustering_head.default, features, *leaves, rows, *head, True, None, None, torch.float32),
-        "head, together": (OPS.clustering_head.default, features, *leaves, None, *head, False, 1, None, torch.float32),
+        "head": (OPS.clustering_head.default, features, *leaves, *head, True, None, None, torch.float32),
+        "head, together": (OPS.clustering_head.default, features, *leaves, *head, False, 1, None, torch.float32),
         "head, bfloat16": (
             OPS.clustering_head.default,
-            *(features.bfloat16(), leaves[0], None, rows),
+            *(features.bfloat16(), leaves[0], None),
             *(*head, True, 1, None, torch.bfloat16),
         ),
-        "student": (
-            OPS.student_loss.default,
-            *(predictions, torch.rand(3, 9, generator=generator), None, None, None, None, 1.0, 0.12),
-        ),
+        "student": (OPS.student_loss.default, predictions, torch.rand(3, 9, generator=generator), 0.12, False),
+        "student, statistics": (OPS.student_loss.default, predictions, torch.eye(3, 9), 0.12, True),
         "student, bfloat16": (
             OPS.student_loss.default,
-            *(
-                predictions.detach().bfloat16().requires_grad_(),
-                torch.rand(3, 9, generator=generator),
-                None,
-                None,
-                None,
-                None,
-                1.0,
-                0.12,
-            ),
-        ),
-        "student, potentials": (OPS.student_loss.default, predictions, logits, *potentials, rows, 0.1, 0.12),
-        "student, own logits": (
-            OPS.student_loss.default,
-            *(predictions, predictions.detach().half(), *potentials, rows, 0.1, 0.12),
+            *(predictions.detach().bfloat16().requires_grad_(), torch.rand(3, 9, generator=generator), 0.12, True),
         ),
     }
 
@@ -145,20 +129,20 @@ def test_ops_keep_autocast_off(case: str, device: str, monkeypatch: pytest.Monke
 COMPILED = """
 import torch
 from capi_kernels import (
-    TargetRows, assignments_from_potentials, clustering_head, clustering_targets, sinkhorn_positionwise,
-    sinkhorn_potentials, student_loss
+    assignments_from_potentials, clustering_head, clustering_targets, sinkhorn_positionwise, sinkhorn_potentials,
+    student_loss, student_loss_with_statistics
 )
 
 def step(features, weight, bias, rows, predictions, logits):
-    head = clustering_head(features * 2, weight * 2, bias, rows)
+    head = clustering_head(features * 2, weight * 2, bias)
     own = features[rows % 2, rows // 2]
     again = clustering_targets(own, weight * 2, bias, head.potentials, rows)
     targets = sinkhorn_positionwise(logits, temperature=0.1)
     potentials = sinkhorn_potentials(logits, temperature=0.1)
     chosen = assignments_from_potentials(logits, potentials, rows, temperature=0.1)
-    loss = student_loss(predictions * 3, head.targets)
-    loss = loss + student_loss(predictions * 2, TargetRows(logits, potentials, rows, 0.1))
-    return head.loss + loss, targets.sum() + chosen.sum(), again
+    other = student_loss_with_statistics(predictions * 2, chosen)
+    loss = student_loss(predictions * 3, again) + other.loss
+    return head.loss + loss, targets.sum() + other.target_entropy, again, other.most_likely
 
 def under_autocast(*arguments):
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -209,11 +193,11 @@ def test_compiles_whole_and_once_for_all_batch_sizes() -> None:
 def test_torch_func_grad(monkeypatch: pytest.MonkeyPatch) -> None:
     from capi_kernels import clustering_head, student_loss
 
-    monkeypatch.setattr(sys.modules["capi_kernels.student_loss"], "PLAIN_BYTES", 0)
-    features, weight, bias, rows = (x.detach() for x in operands()["head"][1:5])
+    monkeypatch.setattr(sys.modules["capi_kernels.heads.student_loss"], "PLAIN_BYTES", 0)
+    features, weight, bias = (x.detach() for x in operands()["head"][1:4])
     predictions, targets = (x.detach() for x in operands()["student"][1:3])
     for loss_of, x in (
-        (lambda weight: clustering_head(features, weight, bias, rows).loss, weight),
+        (lambda weight: clustering_head(features, weight, bias).loss, weight),
         (lambda predictions: student_loss(predictions, targets), predictions),
     ):
         leaf = x.clone().requires_grad_()

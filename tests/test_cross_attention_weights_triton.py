@@ -8,12 +8,10 @@ import torch
 from numerics import assert_as_accurate
 from torch import Tensor
 
-from capi_kernels import _attention_triton, cross_attention_weights_triton, reference
-from capi_kernels._attention_triton import Config
-from capi_kernels.cross_attention_weights_triton import (
-    cross_attention_weights_backward,
-    cross_attention_weights_forward,
-)
+from capi_kernels import reference
+from capi_kernels.attention import configs, operands_triton, weights_triton
+from capi_kernels.attention.configs import Config
+from capi_kernels.attention.weights_triton import weights_backward, weights_forward
 
 pytestmark = pytest.mark.usefixtures("guarded_memory")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -57,8 +55,8 @@ def run(x: Inputs, scale: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """P, dq, dk."""
     scale = x.q.shape[-1] ** -0.5 if scale is None else scale
     operands = (x.q, x.k, *x.tables, *x.cu_seqlens, x.kv_index, *x.max_seqlens, scale)
-    weights = cross_attention_weights_forward(*operands)
-    return weights, *cross_attention_weights_backward(x.dweights, weights, *operands)
+    weights = weights_forward(*operands)
+    return weights, *weights_backward(x.dweights, weights, *operands)
 
 
 def defined(x: Inputs, dtype: torch.dtype, scale: float | None = None) -> tuple[Tensor, ...]:
@@ -83,7 +81,7 @@ def assert_same_bits(actual, expected) -> None:
 @pytest.fixture
 def kernels(monkeypatch) -> None:
     """Every dtype through the kernels, in tiles small enough for short sequences to fill some."""
-    monkeypatch.setattr(cross_attention_weights_triton, "config_for", lambda *_: Config(16, 32, 4))
+    monkeypatch.setattr(configs, "weights_backward", lambda *_: Config(16, 32, 4))
 
 
 # No queries, one, some, a tile, one past it; no keys, one, ragged, a tile of 32, one less.
@@ -116,7 +114,7 @@ def test_padding_is_zero_and_rows_are_aligned(kernels, dtype):
     x = inputs(QUERIES, CONTEXTS, 2, 16, dtype)
     weights = run(x)[0]
     assert torch.equal(weights == 0, x.dweights.isnan())
-    assert (weights.stride(2), weights.stride(3)) == (32, 1)
+    assert weights.stride()[1:] == (32, 2 * 32, 1)
     rows = weights.float().sum(-1)
     torch.testing.assert_close(rows, (rows > 0).float(), rtol=0, atol=32 * torch.finfo(dtype).eps)
     assert inputs((2,), (21,), 1, 16, dtype).dweights.stride(2) == 21
@@ -136,14 +134,14 @@ def test_odd_heads(kernels):
 @pytest.mark.parametrize("head_dim", [64, 80])
 @pytest.mark.parametrize(("queries", "keys"), [(8, 64), (8, 65), (8, 106), (33, 128)])
 def test_default_configurations(queries, keys, head_dim):
-    assert cross_attention_weights_triton.config_for(torch.float16, head_dim, keys, 90) is not None
+    assert configs.weights_backward(torch.float16, head_dim, keys, 90) is not None
     assert_accurate(inputs((queries, 2), (keys, 7), 1, head_dim, torch.float16))
 
 
 @pytest.mark.parametrize(("keys", "dtype"), [(129, torch.float16), (20, torch.float32), (300, torch.float32)])
 def test_longer_contexts_and_float32_are_left_to_pytorch(keys, dtype):
     x = inputs((3, 0, 2, 1), (keys, 0, 5), 2, 16, dtype, kv_index=(2, 0, 0, 1))
-    assert cross_attention_weights_triton.config_for(dtype, 16, keys, 90) is None
+    assert configs.weights_backward(dtype, 16, keys, 90) is None
     assert_accurate(x)
     assert run(x)[0].stride(2) % 16 == 0
 
@@ -174,7 +172,7 @@ def test_queries_do_not_see_each_other(kernels):
 def test_heads_share_a_program(kernels, monkeypatch):
     x = inputs((3, 18), (9, 20), 6, 16, torch.float32, kv_index=(1, 0))
     expected = run(x)
-    monkeypatch.setattr(_attention_triton, "ENOUGH_PROGRAMS", 1)
+    monkeypatch.setattr(operands_triton, "ENOUGH_PROGRAMS", 1)
     assert_same_bits(run(x), expected)
 
 
@@ -210,8 +208,8 @@ def test_any_strides_and_an_int32_index_give_the_same_bits(kernels):
 def test_rows_too_far_apart_are_copied(monkeypatch):
     monkeypatch.undo()  # A copy of a meta tensor takes options that guarded memory has not.
     near, far = (torch.empty_strided((2, 3, 256, 8), (8, 8, n, 1), device="meta") for n in (2**23 - 1, 2**23))
-    assert cross_attention_weights_triton.as_rows(near) is near
-    assert cross_attention_weights_triton.as_rows(far).stride() == (3 * 256 * 8, 256 * 8, 8, 1)
+    assert weights_triton.as_rows(near) is near
+    assert weights_triton.as_rows(far).stride() == (3 * 256 * 8, 256 * 8, 8, 1)
 
 
 def test_same_bits_twice(kernels):

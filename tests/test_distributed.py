@@ -14,8 +14,8 @@ from capi.distributed import GradientAverage, World, _first_host, _launched
 from capi.metrics import AssignmentStatistics, positional_mutual_information
 from capi.step import Trainer
 from capi.train import main
-from capi_kernels import student_loss
-from capi_kernels._checks import resolve_group
+from capi_kernels import StudentLoss, student_loss_with_statistics
+from capi_kernels._process_groups import resolve_group
 
 
 def check_statistics(rank: int) -> None:
@@ -35,6 +35,11 @@ def check_statistics(rank: int) -> None:
         assert result["dead_prototypes"] == pytest.approx(3 / 8)
 
 
+def infinite_loss(*arguments) -> StudentLoss:
+    loss, *statistics = student_loss_with_statistics(*arguments)
+    return StudentLoss(loss + torch.inf, *statistics)
+
+
 def check_steps(rank: int, folder: Path) -> None:
     """One rank's infinite loss or NaN gradient lets both skip the step, and their models stay the same."""
     config = load_tiniest(folder / str(rank))
@@ -46,7 +51,7 @@ def check_steps(rank: int, folder: Path) -> None:
         hooks = []
         # Its gradients are finite.
         infinite = rank == 1 and step == 2
-        capi.step.student_loss = (lambda *x: student_loss(*x) + torch.inf) if infinite else student_loss
+        capi.step.student_loss_with_statistics = infinite_loss if infinite else student_loss_with_statistics
         if rank == step - 3:
             name = ("student.backbone.mask_token", "teacher.head.layer.weight")[rank]
             hooks.append(parameters[name].register_hook(lambda gradient: gradient * torch.nan))

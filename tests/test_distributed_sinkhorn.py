@@ -12,7 +12,7 @@ from numerics import assert_as_accurate, assert_draws_as_accurate, least_exact
 from torch import Tensor
 from torch.distributed import ReduceOp, all_gather, all_reduce, get_rank, get_world_size, group
 
-from capi_kernels import clustering_head, reference, sinkhorn_positionwise
+from capi_kernels import Potentials, clustering_head, reference, sinkhorn_positionwise
 
 POSITIONS, IMAGES, PROTOTYPES, DIM = 5, 10, 9, 4  # positions that the chunks in flight cannot share evenly
 TEMPERATURE = 0.1
@@ -31,35 +31,40 @@ def inputs(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return features, weight, bias
 
 
+def results(loss: Tensor, potentials: Potentials, dweight: Tensor, dbias: Tensor) -> dict[str, Tensor]:
+    """Of the potentials, whose factors may move, what is defined: the products [positions, images, prototypes]."""
+    product = potentials.column.unsqueeze(-2) * potentials.row.unsqueeze(-1)
+    product = product.reshape(POSITIONS, -1, PROTOTYPES)
+    return {"loss": loss.detach(), "product": product, "dweight": dweight, "dbias": dbias}
+
+
 def heads_of(features: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype, positionwise: bool) -> dict:
-    weight, bias = (x.to(dtype, copy=True).requires_grad_() for x in (weight, bias))
-    rows = torch.arange(POSITIONS * features.shape[1])
-    options = {"positionwise": positionwise, "process_group": None}
-    head = reference.clustering_head(features.to(dtype), weight, bias, rows, **options)
+    features, (weight, bias) = features.to(dtype), (x.to(dtype, copy=True).requires_grad_() for x in (weight, bias))
+    head = reference.clustering_head(features, weight, bias, positionwise=positionwise, process_group=None)
     head.loss.backward()
-    return {"loss": head.loss.detach(), "targets": head.targets, "dweight": weight.grad, "dbias": bias.grad}
+    return results(*head, weight.grad, bias.grad)
 
 
-def head_on_cpu(features: Tensor, weight: Tensor, bias: Tensor, rows: Tensor, positionwise: bool) -> dict:
+def head_on_cpu(features: Tensor, weight: Tensor, bias: Tensor, positionwise: bool) -> dict:
     weight, bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()
-    head = clustering_head(features, weight, bias, rows, positionwise=positionwise, position_chunk=2)
+    head = clustering_head(features, weight, bias, positionwise=positionwise, position_chunk=2)
     head.loss.backward()
-    return {"loss": head.loss.detach(), "targets": head.targets, "dweight": weight.grad, "dbias": bias.grad}
+    return results(*head, weight.grad, bias.grad)
 
 
-def head_on_kernels(features: Tensor, weight: Tensor, bias: Tensor, rows: Tensor, positionwise: bool) -> dict:
-    from capi_kernels import clustering_triton
+def head_on_kernels(features: Tensor, weight: Tensor, bias: Tensor, positionwise: bool) -> dict:
+    from capi_kernels.heads import clustering_head_triton
 
     rank, world_size = get_rank(), get_world_size()
     most = max(images_of(rank, world_size).stop - images_of(rank, world_size).start for rank in range(world_size))
     # The first rank, which has the fewest images, has memory for two positions of the most.
-    clustering_triton.logits_bytes = lambda device: 4 * PROTOTYPES * (2 * most + rank * 100)
-    assert clustering_triton.default_position_chunk(features, PROTOTYPES, torch.float32, group.WORLD) == 2
-    assert clustering_triton.default_position_chunk(features, PROTOTYPES, torch.float32, None) > 2
-    results = clustering_triton.clustering_head(
-        features, weight, bias, rows, 0.06, 0.12, 3, 1e-8, positionwise, None, group.WORLD, torch.float32
+    clustering_head_triton.logits_bytes = lambda device: 4 * PROTOTYPES * (2 * most + rank * 100)
+    assert clustering_head_triton.default_position_chunk(features, PROTOTYPES, torch.float32, group.WORLD) == 2
+    assert clustering_head_triton.default_position_chunk(features, PROTOTYPES, torch.float32, None) > 2
+    head = clustering_head_triton.clustering_head(
+        features, weight, bias, 0.06, 0.12, 3, 1e-8, positionwise, None, group.WORLD, torch.float32
     )
-    return {"loss": results[0], "targets": results[1], "dweight": results[3], "dbias": results[4]}
+    return results(*head)
 
 
 def compare_with_one_process(rank: int, world_size: int, folder: Path) -> None:
@@ -79,7 +84,7 @@ def compare(rank: int, world_size: int, kernels: bool) -> None:
     oracle = reference.sinkhorn_positionwise(logits.double(), 3, temperature=TEMPERATURE, process_group=None)
     single = reference.sinkhorn_positionwise(logits, 3, temperature=TEMPERATURE, process_group=None)
     if kernels:
-        from capi_kernels.sinkhorn_triton import balanced
+        from capi_kernels.sinkhorn.balance_triton import balanced
 
         out, potentials = balanced(logits[:, mine], 3, 1e-8, TEMPERATURE, group.WORLD, True)
         for part in range(2):  # The potentials of the columns are the same on every rank, to the last bit.
@@ -105,7 +110,6 @@ def compare(rank: int, world_size: int, kernels: bool) -> None:
     assert not torch.allclose(apart, single[:, mine], atol=1e-2)
 
     images = mine.stop - mine.start
-    rows = torch.arange(POSITIONS * images)
     head_of = head_on_kernels if kernels else head_on_cpu
     for positionwise in (True, False):
         compared = []
@@ -114,9 +118,9 @@ def compare(rank: int, world_size: int, kernels: bool) -> None:
             oracle = heads_of(*whole, torch.float64, positionwise)
             single = least_exact(partial(heads_of, *whole, torch.float32, positionwise), oracle)
             features, *layer = whole
-            actual = head_of(features[:, mine], *layer, rows, positionwise)
-            for results in (oracle, single):
-                results["targets"] = results["targets"].unflatten(0, (IMAGES, POSITIONS))[mine].flatten(0, 1)
+            actual = head_of(features[:, mine], *layer, positionwise)
+            product, expected, _ = (x.pop("product") for x in (actual, oracle, single))
+            torch.testing.assert_close(product.double(), expected[:, mine], rtol=1e-4, atol=0)
             for name in ("loss", "dweight", "dbias"):  # local means: weighted by their images they make the global one
                 actual[name] = actual[name] * (images / IMAGES)
                 all_reduce(actual[name], ReduceOp.SUM)

@@ -38,12 +38,17 @@ class Case:
             self.copies = WeightCopies([self.model.student, self.model.student_ema.backbone.encoder], self.dtype)
         self.update = FusedUpdate(self.model, self.optimizers, self.copies) if self.fused else None
 
-    def step(self, i: int, found_inf: bool = False, shift: int = 0) -> None:
+    def step(self, i: int, found_inf: bool = False, shift: int = 0, half: bool | None = None) -> None:
+        """Gradients of weights that have copies are rounded to the type of these, and given so or cast (`half`)."""
         set_learning_rates(*self.optimizers, lr=1e-3 * (i + 1), clustering_lr=5e-4)
         for j, p in enumerate(self.model.parameters()):
             if p.requires_grad:
                 draws = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * i + j)) * 10.0 ** (j % 5 - 4)
-                p.grad = torch.empty(p.numel() + shift, device=self.device)[shift:].view_as(p).copy_(draws)
+                if half is not None and p in self.copies.parts:
+                    draws = draws.to(self.dtype)
+                p.grad, p.grad_dtype = None, draws.dtype if half else torch.float32
+                gradient = torch.empty(p.numel() + shift, device=self.device, dtype=p.grad_dtype)
+                p.grad = gradient[shift:].view_as(p).copy_(draws)
                 if found_inf and j % 3 == 0:
                     p.grad.flatten()[0] = torch.nan
         bad = torch.tensor(float(found_inf), device=self.device)
@@ -104,6 +109,19 @@ def test_one_pass_is_pytorchs_updates(n_prototypes, shift, copies) -> None:
 @pytest.mark.parametrize("copies", [None, torch.float16, torch.bfloat16])
 def test_one_pass_is_pytorchs_updates_on_a_gpu(n_prototypes, shift, copies) -> None:
     compare(torch.device("cuda"), n_prototypes, shift, copies)
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_gradients_in_half_precision_are_their_casts(shift) -> None:
+    """To the bit; they need not be of one type in every step."""
+    cases = [Case(True, 8, CPU, torch.float16) for _ in range(2)]
+    for i, found_inf in enumerate((False, True, False)):
+        cases[0].step(i, found_inf, shift, half=False)
+        cases[1].step(i, found_inf, shift, half=i != 2)
+        dtypes = {p.grad.dtype for p in cases[1].model.parameters() if p.grad is not None}
+        assert dtypes == {torch.float32, *[torch.float16] * (i != 2)}
+    cast, half = (case.state() for case in cases)
+    assert all(torch.equal(x, half[name]) for name, x in cast.items())
 
 
 def test_the_same_bits_twice_and_the_average_at_its_ends() -> None:
@@ -174,15 +192,19 @@ def test_kept_copies_are_the_casts_and_pass_the_same_gradients_on(tmp_path) -> N
             weight.mul_(1.5)
     copies.refresh()
     found = []
-    for kept in (None, copies):
+    for kept, passes in ((None, 2), (copies, 2), (None, 1), (copies, 1)):
         model.zero_grad()
+        copies.set_gradient_dtype(torch.bfloat16 if kept and passes == 1 else torch.float32)
         with cast_weights(model, torch.bfloat16, kept):
-            for _ in range(2):
+            for _ in range(passes):
                 out = model(*batch)
                 out.float().square().sum().backward()
         found.append([out, *(p.grad for p in model.parameters() if p.requires_grad)])
     assert {x.data_ptr() for x in copies.parts.values()}.isdisjoint(p.data_ptr() for p in model.parameters())
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(*found[:2], strict=True))
+    # Of one pass they need no cast.
+    assert all(weight.grad.dtype == torch.bfloat16 for weight in copies.parts)
+    assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(*found[2:], strict=True))
 
 
 def test_steps_with_fused_updates_are_the_steps(tmp_path) -> None:

@@ -8,11 +8,11 @@ import triton
 from numerics import assert_draws_as_accurate
 from torch import Tensor
 
-from capi_kernels import _attention_launch_triton, _attention_triton, _tiled_attention_triton, reference
-from capi_kernels._attention_triton import Config, count_readers, next_reader
-from capi_kernels._short_backward_triton import short_backward_config
-from capi_kernels._short_forward_triton import short_forward_config
-from capi_kernels.masked_cross_attention_triton import masked_cross_attention_backward, masked_cross_attention_forward
+from capi_kernels import reference
+from capi_kernels.attention import configs, operands_triton
+from capi_kernels.attention.configs import Config
+from capi_kernels.attention.launch_triton import attention_backward, attention_forward
+from capi_kernels.attention.memory_triton import count_readers, next_reader
 
 pytestmark = pytest.mark.usefixtures("guarded_memory")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -53,9 +53,9 @@ def run(x: Inputs, scale: float | None = None) -> tuple[Tensor, Tensor, Tensor, 
     scale = x.q.shape[-1] ** -0.5 if scale is None else scale
     given = (x.q, *x.kv.unbind(1), *x.tables)
     where = (*x.cu_seqlens, x.kv_index, *x.max_seqlens, scale)
-    out, stats = masked_cross_attention_forward(*given, *where)
-    dq, dkv = masked_cross_attention_backward(x.do, out, stats, *given, *where)
-    return out, dq, *dkv.unbind(1)
+    out, stats = attention_forward(*given, *where)
+    dq, dkv = attention_backward(x.do, out, stats, *given, *where, parts=[1, 2])
+    return out, dq.squeeze(1), *dkv.unbind(1)
 
 
 def defined(x: Inputs, dtype: torch.dtype, scale: float | None = None) -> tuple[Tensor, ...]:
@@ -95,11 +95,11 @@ def route(request, monkeypatch) -> str:
     """Every dtype and length through one set of kernels, in tiles small enough for short sequences to fill some."""
     forward, backward = ROUTES[request.param]
     resident = Config(16, 32, 4) if forward else None
-    monkeypatch.setattr(_attention_launch_triton, "short_forward_config", lambda *_: forward)
-    monkeypatch.setattr(_attention_launch_triton, "short_backward_config", lambda *x: None if x[4] else backward)
-    monkeypatch.setattr(_attention_launch_triton, "resident_backward_config", lambda *_: resident)
-    for name in ("forward_config", "dq_config", "dkdv_config"):
-        monkeypatch.setattr(_tiled_attention_triton, name, lambda *_: Config(16, 16, 4))
+    monkeypatch.setattr(configs, "short_forward", lambda *_: forward)
+    monkeypatch.setattr(configs, "short_backward", lambda *x: None if x[4] else backward)
+    monkeypatch.setattr(configs, "resident_backward", lambda *_: resident)
+    for name in ("tiled_forward", "tiled_dq", "tiled_dkdv"):
+        monkeypatch.setattr(configs, name, lambda *_: Config(16, 16, 4))
     return request.param
 
 
@@ -219,27 +219,27 @@ def test_gradients_of_saturated_rows(route, dtype, above, indexed):
 
 def test_short_forward_with_the_tiled_backward(monkeypatch):
     """As contexts of 129 to 320 tokens have it; one group has none."""
-    monkeypatch.setattr(_attention_launch_triton, "short_forward_config", lambda *_: Config(16, 32, 4))
-    monkeypatch.setattr(_attention_launch_triton, "short_backward_config", lambda *_: None)
-    monkeypatch.setattr(_attention_launch_triton, "resident_backward_config", lambda *_: None)
+    monkeypatch.setattr(configs, "short_forward", lambda *_: Config(16, 32, 4))
+    monkeypatch.setattr(configs, "short_backward", lambda *_: None)
+    monkeypatch.setattr(configs, "resident_backward", lambda *_: None)
     assert_accurate(draw((17, 1), (9, 0), 1, 16, torch.float16))
 
 
 def test_heads_share_a_program(monkeypatch):
     """Four heads a program, of queries and keys in one place, give the bits of one."""
     config = Config(32, 32, 4, heads=4, num_stages=2)
-    monkeypatch.setattr(_attention_launch_triton, "short_backward_config", lambda *_: config)
+    monkeypatch.setattr(configs, "short_backward", lambda *_: config)
     x = packed_inputs((9, 20), (9, 20), 4, 16, torch.float16)
     x = x._replace(tables=x.tables[:2] * 2, cu_seqlens=x.cu_seqlens[:1] * 2)
-    assert _attention_triton.ENOUGH_PROGRAMS > 8
+    assert operands_triton.ENOUGH_PROGRAMS > 8
     expected = run(x)
-    monkeypatch.setattr(_attention_triton, "ENOUGH_PROGRAMS", 1)
+    monkeypatch.setattr(operands_triton, "ENOUGH_PROGRAMS", 1)
     assert_same_bits(run(x), expected)
 
 
 def test_kv_index_is_a_gather(route, monkeypatch):
     """Reading contexts through the index gives the bits of contexts copied in its order, by the same kernels."""
-    monkeypatch.setattr(_attention_launch_triton, "short_backward_config", lambda *_: None)
+    monkeypatch.setattr(configs, "short_backward", lambda *_: None)
     x = packed_inputs((3, 8), (9, 20, 17), 2, 16, torch.float32, kv_index=(2, 0))
     out, dq, dk, dv = run(x)
     starts = x.cu_seqlens[1].tolist()
@@ -294,10 +294,10 @@ def test_nothing_to_do(dtype):
 
 def test_short_contexts_stay_on_chip():
     for queries, keys in ((1, 1), (8, 106), (166, 106), (256, 128)):
-        assert short_forward_config(torch.bfloat16, 64, queries, keys, 90) is not None
-        assert short_backward_config(torch.bfloat16, 64, queries, keys, False, 90) is not None
-        assert short_backward_config(torch.bfloat16, 64, queries, keys, True, 90) is None
-        assert _attention_triton.resident_backward_config(torch.bfloat16, 64, keys, 90) is not None
+        assert configs.short_forward(torch.bfloat16, 64, queries, keys, 90) is not None
+        assert configs.short_backward(torch.bfloat16, 64, queries, keys, False, 90) is not None
+        assert configs.short_backward(torch.bfloat16, 64, queries, keys, True, 90) is None
+        assert configs.resident_backward(torch.bfloat16, 64, keys, 90) is not None
 
 
 @triton.jit

@@ -1,8 +1,11 @@
+import copy
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from capi import transformer
@@ -17,7 +20,6 @@ from capi.model import (
     Backbone,
     PatchEmbed,
     normalize_images,
-    target_entropy,
 )
 from capi.transformer import Residual, pack
 from capi_kernels import rotary_tables
@@ -85,10 +87,10 @@ def test_patches_are_padded_to_channels_of_a_fast_product() -> None:
 class CountsOperations(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.of: Counter[str] = Counter()
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        self.count += 1
+        self.of[op._schema.name.split("::")[1]] += 1
         return op(*args, **(kwargs or {}))
 
 
@@ -99,11 +101,55 @@ def test_many_images_of_different_lengths_take_as_many_operations_as_few() -> No
         assert len(set(masks.visible_counts)) > 1
         assert len(set(masks.predict_counts)) > 1
         given = drop_path(0.3, backbone, n)
+        backbone.predict(images, masks)  # Which keeps the coordinates of the grid.
         with CountsOperations() as operations:
             backbone.predict(images, masks, given).sum().backward()
-        counts.append(operations.count)
+        counts.append(operations.of.total())
     # Attention takes the images one by one on a CPU, within an operation.
     assert counts[0] == counts[1]
+
+
+def test_coordinates_of_a_grid_are_made_once() -> None:
+    """Where they then lie; whatever the first use of them was, and in no state that is saved."""
+    backbone, (images, masks) = make_backbone(), make_batch()
+    expected, keys = backbone.predict(images, masks), backbone.state_dict().keys()
+    fresh = make_backbone()
+    with FakeTensorMode():
+        fresh._coordinates((5, 7), images.device)
+    with torch.inference_mode():
+        fresh(images)
+    (kept,) = fresh._kept.values()
+    assert not kept.patches.is_inference()
+    copied = copy.deepcopy(fresh)
+    for model in (fresh, copied):
+        with CountsOperations() as operations:
+            out = model.predict(images, masks)
+        out.sum().backward()
+        assert torch.equal(out, expected)
+        assert "linspace" not in operations.of
+        assert model.state_dict().keys() == keys
+    assert fresh._kept[(5, 7), images.device] is kept
+    fresh(images[..., :16])
+    assert len(fresh._kept) == 2
+    # Of another device others.
+    fresh.to("meta").encode(images.to("meta"))
+    assert {x.device.type for x in fresh._kept[(5, 7), torch.device("meta")]} == {"meta"}
+
+
+def test_layers_share_the_tables_of_images_that_share_their_coordinates() -> None:
+    backbone, (images, masks) = make_backbone(), make_batch()
+    assert backbone.encoder.have_equal_frequencies()
+    for given, shared in ((None, 1), (masks, 2)):
+        results, cosines = [], []
+        for shares in (False, True):
+            backbone.encoder.shares_tables = shares
+            with CountsOperations() as operations:
+                results.append(backbone.encode(images, given)[0])
+            cosines.append(operations.of["cos"])
+        torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-12)
+        assert cosines == [2, shared]
+    backbone.encoder.blocks[1].residual1.fn.rope.freqs[0, 0] += 1
+    assert not backbone.encoder.have_equal_frequencies()
 
 
 def test_a_prediction_depends_on_no_other_query() -> None:
@@ -161,10 +207,10 @@ def test_no_registers_at_all() -> None:
     assert backbone(images)[1].shape == (5, 0, 32)
 
 
-def drop_path(rate: float, backbone: Backbone, n_images: int) -> DropPath:
+def drop_path(rate: float, backbone: Backbone, n_images: int, device: str | torch.device = "cpu") -> DropPath:
     depths = len(backbone.encoder.blocks), len(backbone.decoder.blocks)
     drawn = [draw(rate, depths, n_images, np.random.default_rng(0))]
-    (result,) = received(send(drawn, [n_images], torch.device("cpu")), drawn, [n_images])
+    (result,) = received(send(drawn, [n_images], torch.device(device)), drawn, [n_images])
     return result
 
 
@@ -283,18 +329,40 @@ def test_values_come_last_where_that_takes_fewer_flop(queries, last) -> None:
         assert not transformer._values_come_last(*ragged, 16, 1024)
 
 
-def test_values_last_are_values_first(monkeypatch) -> None:
-    """Predictions and all gradients of the predictor, drop-path included."""
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+def test_values_last_are_values_first(rate, monkeypatch) -> None:
+    """Predictions and all gradients, drop-path included; and so where a product reads more rows than there are keys."""
     backbone, (images, masks) = make_backbone(), make_batch(masking=MaskingConfig(prediction_subsampling=0.1))
     results = []
-    for last in (True, False):
+    for last, more in ((False, 0), (True, 0), (True, 3)):
         monkeypatch.setattr(transformer, "_values_come_last", lambda *_, last=last: last)
+        monkeypatch.setattr(transformer, "_row", lambda keys, _, more=more: keys + more)
         backbone.zero_grad()
-        out = backbone.predict(images, masks, drop_path(0.4, backbone, 5))
+        out = backbone.predict(images, masks, drop_path(rate, backbone, 5))
         out.square().sum().backward()
         results.append({name: p.grad for name, p in backbone.named_parameters() if p.grad is not None} | {"out": out})
     for name, x in results[0].items():
-        torch.testing.assert_close(x, results[1][name], rtol=0, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+        for other in results[1:]:
+            torch.testing.assert_close(other[name], x, rtol=0, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_rows_of_keys_are_those_of_fast_products_on_a_gpu() -> None:
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert [transformer._row(keys, gpu) for keys in (106, 112, 113)] == [112, 112, 128]
+    assert transformer._row(106, cpu) == 106
+
+
+def test_values_projected_last_are_not_copied_on_a_gpu() -> None:
+    """Neither they, nor the sums that they are made of, nor gradients of either; the context is, as it is gathered."""
+    n, queries, keys, meta = 5, 2, 21, torch.device("meta")
+    backbone = make_backbone().to(meta)
+    given = [torch.empty(n * tokens, 32, device=meta, dtype=torch.double) for tokens in (queries, keys)]
+    x, context = (tokens.requires_grad_() for tokens in given)
+    of = [(pack((tokens,) * n, torch.empty(n * tokens, 2, device=meta)), (tokens,) * n) for tokens in (queries, keys)]
+    chosen = drop_path(0.4, backbone, n, meta).predictor
+    with CountsOperations() as operations:
+        backbone.decoder(x, *of[0], context, *of[1], chosen).sum().backward()
+    assert not {"clone", "copy_"} & operations.of.keys()
 
 
 def test_initial_weights() -> None:
@@ -354,11 +422,6 @@ def test_targets_come_in_the_order_of_the_predictions() -> None:
     torch.testing.assert_close(targets.sum(-1), torch.ones_like(targets[:, 0]))
     later = head.targets(features[2:], potentials, masks.predict_indices[-3:] - 2 * 35, first_image=2)
     torch.testing.assert_close(later, targets[-3:], rtol=0, atol=1e-12)
-
-
-def test_target_entropy() -> None:
-    assert float(target_entropy(torch.full((3, 8), 1 / 8))) == pytest.approx(math.log(8))
-    assert float(target_entropy(torch.eye(4))) == 0
 
 
 def test_bf16_compute_stays_near_fp32_and_forms_angles_in_fp32() -> None:

@@ -72,10 +72,12 @@ def test_schedule_edges() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_one_bad_value_among_all_is_found(bad) -> None:
-    tensors = [torch.ones(5), torch.full((2, 3), 3e38), torch.empty(1, 0, 4), torch.zeros(())]
+@pytest.mark.parametrize("place", [1, 2])
+def test_one_bad_value_among_all_is_found(bad, place) -> None:
+    half = torch.full((2, 3), 3e38, dtype=torch.bfloat16)
+    tensors = [torch.ones(5), torch.full((2, 3), 3e38), half, torch.empty(1, 0, 4), torch.zeros(())]
     assert all_finite(tensors)
-    tensors[1][1, 0] = bad
+    tensors[place][1, 0] = bad
     assert not all_finite(tensors)
 
 

@@ -61,25 +61,28 @@ def test_attention_is_pytorchs_image_by_image() -> None:
         torch.testing.assert_close(out[start:stop], expected, rtol=0, atol=1e-14)
 
 
-def test_clustering_head_is_linear_sinkhorn_and_cross_entropy() -> None:
-    features, weight, bias = draw(3, 4, 5), draw(6, 5), draw(6)
-    loss, targets, _ = reference.clustering_head(features, weight, bias, torch.tensor([11, 0, 4]))
+@pytest.mark.parametrize("positionwise", [True, False])
+def test_clustering_head_is_linear_sinkhorn_and_cross_entropy(positionwise: bool) -> None:
+    features, weight, bias, rows = draw(3, 4, 5), draw(6, 5), draw(6), torch.tensor([11, 0, 4])
+    loss, potentials = reference.clustering_head(features, weight, bias, positionwise=positionwise)
     logits = F.normalize(features, dim=-1) @ weight.T + bias
-    assignments = torch.stack([reference.sinkhorn_positionwise(x / 0.06) for x in logits])
+    slices = logits if positionwise else logits.flatten(0, 1)
+    assignments = reference.sinkhorn_positionwise(slices / 0.06).view_as(logits)
     cross_entropy = F.cross_entropy((logits / 0.12).flatten(0, 1), assignments.flatten(0, 1))
     assert float(loss) == pytest.approx(float(cross_entropy), rel=1e-12)
-    for target, (image, position) in zip(targets, [(3, 2), (0, 0), (1, 1)], strict=True):
-        torch.testing.assert_close(target, assignments[position, image], rtol=0, atol=1e-14)
-
-
-@pytest.mark.parametrize("positionwise", [True, False])
-def test_clustering_targets_are_those_of_the_head(positionwise: bool) -> None:
-    features, weight, bias, rows = draw(3, 4, 5), draw(6, 5), draw(6), torch.tensor([11, 0, 4])
-    _, targets, potentials = reference.clustering_head(features, weight, bias, rows, positionwise=positionwise)
     assert [x.shape for x in potentials] == [(3, 6), (3, 6), (3, 4)]
-    own = features[[2, 0, 1], [3, 0, 1]]
-    again = reference.clustering_targets(own, weight, bias, potentials, rows)
-    torch.testing.assert_close(again, targets, rtol=0, atol=1e-14)
+    position, image = [2, 0, 1], [3, 0, 1]
+    targets = reference.clustering_targets(features[position, image], weight, bias, potentials, rows)
+    torch.testing.assert_close(targets, assignments[position, image], rtol=0, atol=1e-14)
+
+
+def test_statistics_of_targets_by_hand() -> None:
+    """Half, half and nothing; all of one; equal ones."""
+    targets = torch.tensor([[0.0, 0.5, 0.5], [0.0, 0.0, 1.0], [1 / 3, 1 / 3, 1 / 3]], dtype=torch.float64)
+    loss, entropy, most_likely = reference.student_loss_with_statistics(torch.zeros(3, 3).double(), targets)
+    assert loss.item() == pytest.approx(math.log(3))
+    assert entropy.item() == pytest.approx((math.log(2) + math.log(3)) / 3)
+    assert most_likely.tolist() == [1, 2, 0]
 
 
 def test_gradients_by_finite_differences() -> None:

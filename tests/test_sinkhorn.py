@@ -10,10 +10,10 @@ from capi_kernels import (
     Potentials,
     assignments_from_potentials,
     reference,
-    sinkhorn,
     sinkhorn_positionwise,
     sinkhorn_potentials,
 )
+from capi_kernels.sinkhorn import cpu
 
 SHAPES = [(1, 1), (5, 1), (1, 7), (3, 4, 9), (2, 3, 8, 33), (37, 16, 24), (2, 0, 3, 4)]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -27,7 +27,7 @@ def draw(*shape: int, std: float = 1.0, dtype: torch.dtype = torch.float32) -> T
 @pytest.fixture(params=[1 << 8, 1 << 12, 1 << 23], ids=["row_blocks", "chunks", "one_chunk"])
 def chunk_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Streams single rows, a few positions, everything at once."""
-    monkeypatch.setattr(sinkhorn, "CHUNK_BYTES", request.param)
+    monkeypatch.setattr(cpu, "CHUNK_BYTES", request.param)
 
 
 @pytest.mark.usefixtures("chunk_bytes")
@@ -223,7 +223,7 @@ def test_bad_arguments(op) -> None:
 def test_long_sums_are_exact_to_a_few_roundings(blocks: int | None) -> None:
     """In any order of a product's sums: roundings add up like a random walk, and a soft cross-entropy weighs them."""
     eps = torch.finfo(torch.float32).eps
-    bound = math.sqrt(sinkhorn.SUMMED) * eps / 2
+    bound = math.sqrt(cpu.SUMMED) * eps / 2
     with nullcontext() if blocks is None else sums_in_blocks(blocks):
         long_rows = sinkhorn_positionwise(draw(2, 8, 16384), temperature=0.06)
         long_columns = sinkhorn_positionwise(draw(2, 16384, 4), 1)
@@ -231,7 +231,7 @@ def test_long_sums_are_exact_to_a_few_roundings(blocks: int | None) -> None:
     exact = reference.sinkhorn_positionwise(draw(2, 16384, 4).double(), 1)
     # The arguments of exponentials are rounded when they are scaled and when the headroom is added, those of an
     # element and those of the row sum that it is divided by.
-    rounded_arguments = 2 * sinkhorn.HEADROOM * eps
+    rounded_arguments = 2 * cpu.HEADROOM * eps
     assert (long_columns / exact - 1).abs().max() < bound + rounded_arguments
 
 
@@ -287,9 +287,9 @@ def test_more_positions_at_a_time_where_the_output_holds_them(
     dtype: torch.dtype, positions: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Threads then wait for each other less often, and no memory is taken."""
-    monkeypatch.setattr(sinkhorn, "CHUNK_BYTES", 2 * 3 * 5 * 4)
+    monkeypatch.setattr(cpu, "CHUNK_BYTES", 2 * 3 * 5 * 4)
     chunks = []
-    balance = sinkhorn.balance
-    monkeypatch.setattr(sinkhorn, "balance", lambda *given: chunks.append(len(given[1])) or balance(*given))
+    balance = cpu.balance
+    monkeypatch.setattr(cpu, "balance", lambda *given: chunks.append(len(given[1])) or balance(*given))
     sinkhorn_positionwise(draw(16, 3, 5, dtype=dtype))
     assert chunks == [positions] * (16 // positions)

@@ -8,8 +8,10 @@ from numerics import assert_as_accurate
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from capi_kernels import Potentials, reference, sinkhorn_positionwise, sinkhorn_triton
-from capi_kernels.sinkhorn_triton import assignments, balanced
+from capi_kernels import Potentials, reference, sinkhorn_positionwise
+from capi_kernels.sinkhorn import balance_triton, columns_triton, common_triton, rows_triton
+from capi_kernels.sinkhorn.assignments_triton import assignments
+from capi_kernels.sinkhorn.balance_triton import balanced
 
 pytestmark = pytest.mark.usefixtures("guarded_memory")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -30,9 +32,9 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 def use(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if form == "rows":
-        monkeypatch.setattr(sinkhorn_triton, "MOST_IMAGES_IN_BLOCK", 0)
+        monkeypatch.setattr(balance_triton, "MOST_IMAGES_IN_BLOCK", 0)
     if form == "parts":
-        monkeypatch.setattr(sinkhorn_triton, "MOST_FOLDED_PARTS", 0)
+        monkeypatch.setattr(columns_triton, "MOST_FOLDED_PARTS", 0)
 
 
 def draw(*shape: int, std: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -183,7 +185,7 @@ def views() -> dict[str, Tensor]:
 def test_strided_logits_equal_contiguous_ones_and_are_not_copied(name: str) -> None:
     view = views()[name]
     before = view.clone()
-    parts = [part for (part,) in sinkhorn_triton._merged(view)]
+    parts = [part for (part,) in common_triton.merged(view)]
     counts = {"leading axes in another order": 6, "leading axes with a gap": 3, "two of three leading axes merge": 2}
     assert len(parts) == (counts | {"an expanded axis before another": 2}).get(name, 1)
     assert all(part.untyped_storage().data_ptr() == view.untyped_storage().data_ptr() for part in parts)
@@ -241,23 +243,23 @@ def test_permutations(form: str) -> None:
 def test_reduction_of_more_parts_than_a_block() -> None:
     parts = draw(2, 131, 70)
     out = torch.full((2, 70), math.nan, device=DEVICE)
-    sinkhorn_triton.reduce_parts(parts, out, 0.0, update=False)
+    common_triton.reduce_parts(parts, out, 0.0, update=False)
     torch.testing.assert_close(out, parts.sum(1))
     potentials = draw(2, 70).abs()
     updated = potentials.clone()
-    sinkhorn_triton.reduce_parts(parts.abs(), updated, 0.25, update=True)
+    common_triton.reduce_parts(parts.abs(), updated, 0.25, update=True)
     torch.testing.assert_close(updated, potentials / (parts.abs().sum(1) + 0.25))
 
 
 def test_images_in_several_blocks_equal_one() -> None:
     """What the clustering head does when all positions balance together: the rows form, fed in pieces."""
     logits = draw(1, 50, 20)
-    whole = sinkhorn_triton.new_potentials(1, 50, 20, logits.device)
-    pieces = sinkhorn_triton.new_potentials(1, 50, 20, logits.device)
+    whole = common_triton.new_potentials(1, 50, 20, logits.device)
+    pieces = common_triton.new_potentials(1, 50, 20, logits.device)
     cuts = (slice(0, 7), slice(7, 40), slice(40, 50))
     for potentials, here in ((whole, (slice(None),)), (pieces, cuts)):
         blocks = [(logits[:, cut], potentials.row[:, cut]) for cut in here]
-        sinkhorn_triton.balance_rows([blocks], [potentials[:2]], 5, 1e-8, 0.1, None)
+        rows_triton.balance_rows([blocks], [potentials[:2]], 5, 1e-8, 0.1, None)
     for one, several in zip(whole, pieces, strict=True):
         torch.testing.assert_close(one, several)
 
@@ -279,8 +281,8 @@ def test_a_chunk_is_reduced_while_the_next_is_computed(monkeypatch: pytest.Monke
         events.append(("reduce", sum(kind == "reduce" for kind, _ in events) % 3))
         return Work(events[-1][1])
 
-    monkeypatch.setattr(sinkhorn_triton, "all_reduce", all_reduce)
-    monkeypatch.setattr(sinkhorn_triton, "CHUNKS_IN_FLIGHT", 3)
+    monkeypatch.setattr(rows_triton, "all_reduce", all_reduce)
+    monkeypatch.setattr(balance_triton, "CHUNKS_IN_FLIGHT", 3)
     logits = draw(3, 5, 7)
     out, _ = balanced(logits, 3, 1e-8, 0.1, ProcessGroup(0, 1), True)
     # Maxima; then, for each of them, sums of every iteration but the last: three chunks in flight at every moment.

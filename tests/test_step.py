@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks import step_graph
+from benchmarks import step_graph, step_launches
 from benchmarks.gate import Gate
 from capi import drop_path, fp8, model, transformer
 from capi.casting import WeightCopies
@@ -28,6 +28,7 @@ from capi.masking import Masks
 from capi.step import StepResult, Trainer
 from capi.step_graph import StepGraph, StepInputs, graphs_obstacle
 from capi.train import main
+from capi_kernels import StudentLoss, student_loss_with_statistics
 
 CPU = torch.device("cpu")
 META = torch.device("meta")
@@ -98,6 +99,9 @@ def test_the_device_part_is_on_the_device_alone(parts, rate, checkpointed, kept,
         losses = trainer.losses_and_gradients(inputs)
     assert {x.device for x in losses} == {META}
     assert all(p.grad is not None for p in trainer.model.student.parameters() if p.requires_grad)
+    if kept:  # Sums over micro-batches are of float32.
+        dtypes = {weight.grad.dtype for weight in trainer.copies.trained}
+        assert dtypes == {torch.bfloat16 if parts == 1 else torch.float32}
 
 
 def read_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +124,11 @@ def copied_over(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def sized_by_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("capi.step.student_loss", lambda logits, *_: logits[logits > 0].sum())
+    def loss_of(logits: Tensor, targets: Tensor, temperature: float) -> StudentLoss:
+        loss = student_loss_with_statistics(logits, targets, temperature)
+        return loss._replace(loss=logits[logits > 0].sum())
+
+    monkeypatch.setattr("capi.step.student_loss_with_statistics", loss_of)
 
 
 @pytest.mark.parametrize(
@@ -263,6 +271,21 @@ def test_a_graph_outlives_a_step_of_another_shape_and_a_loaded_state(tmp_path, c
     assert_equal_states(*states)
 
 
+def test_a_loaded_layer_with_frequencies_of_its_own_keeps_them(tmp_path, cpu_graphs) -> None:
+    """In a graph as well, which was captured with those that layers had in common."""
+    config = load_tiniest(tmp_path, *FIXED, "--model.encoder_depth", "2")
+    trainer = Trainer(config, World(0, 1, CPU))
+    encoder = trainer.model.student_ema.backbone.encoder
+    assert encoder.shares_tables
+    steps(trainer, {step: draw_batches(config, step) for step in range(4)})
+    state = copy.deepcopy(trainer.state_dict())
+    trainer.load_state_dict(state)
+    assert trainer._graph is not None
+    state["model"]["student_ema.backbone.encoder.blocks.1.residual1.fn.rope.freqs"] *= 2
+    trainer.load_state_dict(state)
+    assert (encoder.shares_tables, trainer._graph) == (False, None)
+
+
 def test_steps_that_are_not_finite_are_counted_behind_a_graph(tmp_path, cpu_graphs) -> None:
     config = load_tiniest(tmp_path, *FIXED)
     trainer = Trainer(config, World(0, 1, CPU))
@@ -294,7 +317,7 @@ def test_what_cannot_be_captured_is_said(tmp_path, cpu_graphs, monkeypatch) -> N
     config = load_tiniest(tmp_path, *FIXED)
     trainer = Trainer(config, World(0, 1, CPU))
     steps(trainer, {step: draw_batches(config, step) for step in range(3)})
-    monkeypatch.setattr("capi.step.student_loss", lambda *_: 1 / 0)
+    monkeypatch.setattr("capi.step.student_loss_with_statistics", lambda *_: 1 / 0)
     with pytest.raises(RuntimeError, match=r"cannot be captured in a CUDA graph \(division by zero\)") as raised:
         trainer.step(draw_batches(config, 3), 3)
     assert "run.cuda_graphs off" in str(raised.value)
@@ -335,6 +358,21 @@ def test_the_script_tells_a_graph_from_a_step(tmp_path, cpu_graphs, monkeypatch,
     monkeypatch.setattr(StepGraph, "replay", lambda self, inputs: replay(self, inputs)._replace(loss=torch.zeros(())))
     assert not case.run(Gate("tiny"))
     assert "loss of step 3 differs by" in capsys.readouterr().out
+
+
+def test_launches_and_their_bytes_are_counted(capsys) -> None:
+    with step_launches.Launches() as launches:
+        x = torch.empty(4, 8, device=META)
+        x.view(8, 4).T.add_(torch.empty((), device=META).expand(4, 8))
+        (x[0] * 2).to(torch.bfloat16)
+    assert launches.of == {"add_": [1, 132], "mul": [1, 64], "_to_copy": [1, 48]}
+    assert launches.total() == (3, 244)
+    step_launches.main(["tiny", "--top", "1"])
+    line, *_ = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"\[tiny x 256\] \d+ launches, .* GB; gradients of 0.\d+ GB; host \d+.\d ms a step", line)
+    one, two = (step_launches.count("tiny", 8, parts) for parts in (1, 2))
+    assert one[0].total() < two[0].total()
+    assert one[1] < two[1]  # Gradients of float32.
 
 
 CASES = {

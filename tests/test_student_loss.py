@@ -1,5 +1,6 @@
 import math
 import sys
+from collections.abc import Iterator
 from functools import partial
 
 import pytest
@@ -7,16 +8,16 @@ import torch
 from numerics import assert_draws_as_accurate, peak_allocation
 from torch import Tensor
 
-from capi_kernels import Potentials, TargetRows, clustering, reference, sinkhorn_potentials, student_loss
+from capi_kernels import reference, student_loss, student_loss_with_statistics
+from capi_kernels.heads import cross_entropy_cpu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(1, 1), (5, 1), (1, 7), (9, 37), (3, 64), (4, 1025)]  # predictions, prototypes
-KINDS = ["given", "of_potentials", "own_logits"]
 
 
 @pytest.fixture(autouse=True)
 def use_the_op_for_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["capi_kernels.student_loss"], "PLAIN_BYTES", 0)  # the package has the function
+    monkeypatch.setattr(sys.modules["capi_kernels.heads.student_loss"], "PLAIN_BYTES", 0)
 
 
 def draw(predicted: int, prototypes: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -26,38 +27,11 @@ def draw(predicted: int, prototypes: int, dtype: torch.dtype = torch.float64, se
     return logits.to(DEVICE, dtype), (1.3 * (2 * targets).softmax(-1)).to(DEVICE, dtype)
 
 
-def draw_rows(predicted: int, prototypes: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> TargetRows:
-    """Unsorted rows with repeats of [positions, images, prototypes], which lies images first in memory."""
-    generator = torch.Generator().manual_seed(100 + seed)
-    logits = torch.randn(4, 3, prototypes, generator=generator, dtype=torch.float64).to(dtype).transpose(0, 1)
-    rows = torch.randint(12, (predicted,), generator=generator)
-    potentials = sinkhorn_potentials(logits, temperature=0.2)
-    return TargetRows(logits.to(DEVICE), Potentials(*(x.to(DEVICE) for x in potentials)), rows.to(DEVICE), 0.2)
+def draw_cases(shape: tuple[int, int], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    return [draw(*shape, dtype, seed) for seed in range(8)]
 
 
-def with_their_own_logits(targets: TargetRows) -> TargetRows:
-    """The same rows, whose logits alone are given, prototypes first in memory."""
-    own = targets.logits[targets.rows % 3, targets.rows // 3]
-    return targets._replace(logits=own.T.contiguous().T)
-
-
-def draw_cases(shape: tuple[int, int], dtype: torch.dtype, kind: str) -> list[tuple[Tensor, Tensor | TargetRows]]:
-    cases = [draw(*shape, dtype, seed) for seed in range(8)]
-    if kind == "given":
-        return cases
-    rows = [draw_rows(*shape, dtype, seed) for seed in range(8)]
-    rows = [with_their_own_logits(x) for x in rows] if kind == "own_logits" else rows
-    return [(logits, targets) for (logits, _), targets in zip(cases, rows, strict=True)]
-
-
-def widened(targets: Tensor | TargetRows, dtype: torch.dtype) -> Tensor | TargetRows:
-    if isinstance(targets, Tensor):
-        return targets.to(dtype)
-    potentials = Potentials(*(x.to(dtype) for x in targets.potentials))
-    return targets._replace(logits=targets.logits.to(dtype), potentials=potentials)
-
-
-def run(loss_of, logits: Tensor, targets: Tensor | TargetRows, temperature: float = 0.12) -> tuple[Tensor, Tensor]:
+def run(loss_of, logits: Tensor, targets: Tensor, temperature: float = 0.12) -> tuple[Tensor, Tensor]:
     """The loss, and the gradient of three times it."""
     logits = logits.detach().requires_grad_()
     loss = loss_of(logits, targets, temperature)
@@ -65,21 +39,18 @@ def run(loss_of, logits: Tensor, targets: Tensor | TargetRows, temperature: floa
     return loss.detach(), logits.grad
 
 
-def on_kernels(logits: Tensor, targets: Tensor | TargetRows, temperature: float = 0.12) -> tuple[Tensor, Tensor]:
-    """The same from the kernel's launcher."""
-    from capi_kernels import student_loss_triton
+def on_kernels(logits: Tensor, targets: Tensor, temperature: float = 0.12) -> tuple[Tensor, Tensor]:
+    """The same from the kernels' launchers."""
+    from capi_kernels.heads import gradients_triton, student_loss_triton
 
-    potentials = rows = None
-    target_temperature = 1.0
-    if isinstance(targets, TargetRows):
-        targets, potentials, rows, target_temperature = targets
-    loss, minus_dz = student_loss_triton.student_loss(
-        logits, targets, potentials, rows, target_temperature, temperature
-    )
-    return loss, (minus_dz.double() * (-3 / (temperature * len(minus_dz)))).to(minus_dz.dtype)
+    scale = -1 / (temperature * len(logits))
+    loss, gradient, entropy, most_likely = student_loss_triton.student_loss(logits, targets, temperature, scale, False)
+    assert len(entropy) == len(most_likely) == 0
+    gradients_triton.scale_(gradient, torch.tensor(3.0, device=DEVICE))
+    return loss, gradient
 
 
-def assert_defined(run_ours, cases: list[tuple[Tensor, Tensor | TargetRows]], temperature: float = 0.12) -> None:
+def assert_defined(run_ours, cases: list[tuple[Tensor, Tensor]], temperature: float = 0.12) -> None:
     """Half precision is defined in float32 and then rounded, as it is computed.
 
     The losses of all cases are judged together: the definition's own error in a single number can be zero by chance.
@@ -88,8 +59,8 @@ def assert_defined(run_ours, cases: list[tuple[Tensor, Tensor | TargetRows]], te
     for logits, targets in cases:
         wide = torch.promote_types(logits.dtype, torch.float32)
         actual = run_ours(logits, targets, temperature)
-        loss, gradient = run(reference.student_loss, logits.to(wide), widened(targets, wide), temperature)
-        oracle = run(reference.student_loss, logits.double(), widened(targets, torch.float64), temperature)
+        loss, gradient = run(reference.student_loss, logits.to(wide), targets.to(wide), temperature)
+        oracle = run(reference.student_loss, logits.double(), targets.double(), temperature)
         draws.append((actual, (loss, gradient.to(logits.dtype)), oracle))
     assert_draws_as_accurate(draws)
 
@@ -107,20 +78,18 @@ def test_by_hand() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
 def test_loss_and_gradient_match_the_definition(
-    shape: tuple[int, int], dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(clustering, "BLOCK_BYTES", 4 * 4 * shape[1])  # four rows
-    assert_defined(partial(run, student_loss), draw_cases(shape, dtype, kind))
-    assert_defined(partial(run, student_loss), draw_cases(shape, dtype, kind), 0.7)
+    monkeypatch.setattr(cross_entropy_cpu, "BLOCK_BYTES", 4 * 4 * shape[1])  # four rows
+    assert_defined(partial(run, student_loss), draw_cases(shape, dtype))
+    assert_defined(partial(run, student_loss), draw_cases(shape, dtype), 0.7)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_float64(kind: str) -> None:
+def test_float64() -> None:
     if DEVICE == "cuda":
         pytest.skip("the kernels compute in float32")
-    logits, targets = draw_cases((9, 37), torch.float64, kind)[0]
+    logits, targets = draw(9, 37)
     for actual, oracle in zip(
         run(student_loss, logits, targets), run(reference.student_loss, logits, targets), strict=True
     ):
@@ -132,10 +101,9 @@ def test_float64(kind: str) -> None:
 @pytest.mark.parametrize(
     "dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu), torch.float32], ids=str
 )
-@pytest.mark.parametrize("kind", KINDS)
-def test_kernel_matches_the_definition(shape: tuple[int, int], dtype: torch.dtype, kind: str) -> None:
+def test_kernel_matches_the_definition(shape: tuple[int, int], dtype: torch.dtype) -> None:
     pytest.importorskip("triton")
-    cases = draw_cases(shape, dtype, kind)
+    cases = draw_cases(shape, dtype)
     assert_defined(on_kernels, cases)
     first, second = (on_kernels(*cases[0]) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
@@ -144,23 +112,71 @@ def test_kernel_matches_the_definition(shape: tuple[int, int], dtype: torch.dtyp
 @pytest.mark.usefixtures("guarded_memory")
 def test_kernel_reads_strided_tensors_of_other_types() -> None:
     pytest.importorskip("triton")
-    given, made = [], []
+    given = []
     for seed in range(8):
         logits, targets = draw(6, 38, torch.float32, seed)
         given.append((logits[::2, ::2], targets.half()[::2, 1::2]))
-        made.append((logits.T[::2, ::2].T[:3], draw_rows(3, 19, torch.float32, seed)))
     assert_defined(on_kernels, given)
-    assert_defined(on_kernels, made)
-    shared = []  # columns that all positions share
-    for logits, targets in made:
-        column_max, column, row = sinkhorn_potentials(targets.logits.flatten(0, 1), temperature=0.2)
-        together = Potentials(column_max.expand(3, -1), column.expand(3, -1), row.view(3, 4))
-        shared.append((logits, targets._replace(potentials=together)))
-    assert_defined(on_kernels, shared)
-    logits, targets = made[0]
-    int32 = targets._replace(rows=targets.rows.int())
-    for x, y in zip(on_kernels(logits, int32), on_kernels(logits, targets), strict=True):
-        assert torch.equal(x, y)
+    assert_defined(on_kernels, [(logits.T.contiguous().T, targets.T.contiguous().T) for logits, targets in given])
+
+
+def statistics_cases() -> Iterator[tuple[Tensor, Tensor]]:
+    """Equal targets, none at all, and ones too small for a normal number; a strided view; other types."""
+    logits, targets = draw(9, 70, torch.float32)
+    targets[1, [3, 40]] = 0.5
+    targets[2] = 1 / 70
+    targets[3] = 0
+    targets[4] = 1e-41
+    targets[4, 7] = 1
+    targets[5, :60] = targets[5, 10:] = 1e-30
+    yield logits, targets
+    yield logits[::2, ::2], targets[::2, ::2]
+    yield logits.half(), targets
+    yield logits, targets.half()
+
+
+def entropy_of(targets: Tensor) -> Tensor:
+    """Mean entropy of the rows, in nats."""
+    return -torch.xlogy(targets, targets).sum(-1).mean()
+
+
+def assert_statistics(entropy: Tensor, most_likely: Tensor, targets: Tensor) -> None:
+    targets = targets.float().cpu()
+    oracle = entropy_of(targets.double())
+    assert abs(entropy.cpu() - oracle) <= 2 * abs(entropy_of(targets) - oracle) + 4 * torch.finfo(torch.float32).eps
+    assert most_likely.dtype == torch.int64
+    assert most_likely.tolist() == [row.index(max(row)) for row in targets.tolist()]  # the first of equal ones
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_statistics_of_the_targets(plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if plain:
+        monkeypatch.undo()
+    monkeypatch.setattr(cross_entropy_cpu, "BLOCK_BYTES", 4 * 4 * 70)  # four rows
+    for logits, targets in statistics_cases():
+        expected = run(student_loss, logits, targets)
+        leaf = logits.detach().requires_grad_()
+        loss, entropy, most_likely = student_loss_with_statistics(leaf, targets.requires_grad_())
+        (3 * loss).backward()
+        assert torch.equal(loss, expected[0])
+        assert torch.equal(leaf.grad, expected[1])
+        assert not entropy.requires_grad
+        assert entropy.dtype == loss.dtype
+        assert_statistics(entropy, most_likely, targets.detach())
+
+
+@pytest.mark.usefixtures("guarded_memory")
+def test_kernel_statistics_of_the_targets() -> None:
+    pytest.importorskip("triton")
+    from capi_kernels.heads.student_loss_triton import student_loss
+
+    for logits, targets in statistics_cases():
+        loss, gradient, entropy, most_likely = student_loss(logits, targets, 0.12, -1.0, True)
+        assert_statistics(entropy, most_likely, targets)
+        assert all(
+            torch.equal(x, y)
+            for x, y in zip((loss, gradient), student_loss(logits, targets, 0.12, -1.0, False), strict=False)
+        )
 
 
 @pytest.mark.parametrize("kernel", [False, True], ids=["cpu", "kernel"])
@@ -170,7 +186,7 @@ def test_extremes(kernel: bool, dtype: torch.dtype) -> None:
     if kernel:
         pytest.importorskip("triton")
     run_ours = on_kernels if kernel else partial(run, student_loss)
-    cases = draw_cases((4, 9), dtype, "given")
+    cases = draw_cases((4, 9), dtype)
     for logits, targets in cases:
         logits[0] = 1e4 * logits[0].sign()
         logits[1] = -1e4
@@ -227,7 +243,7 @@ def test_small_logits_take_the_definition(dtype: torch.dtype, monkeypatch: pytes
     if DEVICE == "cuda":
         pytest.skip("of a CPU")
     monkeypatch.undo()
-    cases = draw_cases((4, 37), dtype, "given")
+    cases = draw_cases((4, 37), dtype)
     assert_defined(partial(run, student_loss), cases)
     logits, targets = cases[0]
     expected = run(reference.student_loss, logits, targets.float())
@@ -236,22 +252,54 @@ def test_small_logits_take_the_definition(dtype: torch.dtype, monkeypatch: pytes
     assert torch.autograd.grad(
         student_loss(logits.requires_grad_(), targets.requires_grad_()), targets, allow_unused=True
     ) == (None,)
-    large = torch.zeros(1, (1 << 20) + 1, requires_grad=True)
+    large = torch.zeros(1, (1 << 18) + 1, requires_grad=True)
     for x, name in ((large, "_StudentLossBackward"), (large[:, 1:], "NegBackward0")):
         assert type(student_loss(x, torch.ones_like(x)).grad_fn).__name__ == name
 
 
-def test_targets_made_of_potentials_equal_stored_ones() -> None:
-    logits, _ = draw(9, 37, torch.float32)
-    rows = draw_rows(9, 37, torch.float32)
-    stored = reference.assignments_from_potentials(rows.logits, rows.potentials, rows.rows, temperature=0.2)
-    for x, y in zip(run(student_loss, logits, rows), run(student_loss, logits, stored), strict=True):
-        torch.testing.assert_close(x, y)
-    own = with_their_own_logits(rows)
-    for x, y in zip(run(student_loss, logits, rows), run(student_loss, logits, own), strict=True):
-        assert torch.equal(x, y)
-    wrong = rows._replace(rows=(rows.rows + 1) % 12)
-    assert (run(student_loss, logits, wrong)[0] - run(student_loss, logits, rows)[0]).abs() > 1e-2
+def scaled_gradient(factor: float, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """That which the forward saved, and what the backward made of it."""
+    logits, targets = draw(5, 7, dtype)
+    loss = student_loss(logits.requires_grad_(), targets)
+    (saved,) = loss.grad_fn.saved_tensors
+    before, pointer = saved.clone(), saved.data_ptr()
+    del saved
+    (gradient,) = torch.autograd.grad(factor * loss, logits)
+    assert gradient.data_ptr() == pointer  # nothing is allocated
+    return before, gradient
+
+
+def test_backward_multiplies_in_place_and_only_where_there_is_something_to_do() -> None:
+    before, gradient = scaled_gradient(1.0)
+    assert torch.equal(gradient, before)
+    before, gradient = scaled_gradient(3.0)
+    assert torch.equal(gradient, 3 * before)
+    before, gradient = scaled_gradient(1.0, torch.float16)  # saved without the factor 1 / (temperature predictions)
+    assert torch.equal(gradient, (before.float() / (0.12 * 5)).half())
+    assert before.abs().max() > 0.1
+
+
+def test_a_retained_graph_gives_its_gradient_again() -> None:
+    logits, targets = draw(5, 7, torch.float32)
+    loss = 3 * student_loss(logits.requires_grad_(), targets)
+    first, second, last = (torch.autograd.grad(loss, logits, retain_graph=keep)[0] for keep in (True, True, False))
+    assert torch.equal(first, second)
+    assert torch.equal(first, last)
+    assert first.data_ptr() != last.data_ptr()
+
+
+@pytest.mark.usefixtures("guarded_memory")
+def test_kernel_multiplies_by_a_number_on_the_device() -> None:
+    pytest.importorskip("triton")
+    from capi_kernels.heads.gradients_triton import scale_
+
+    for dtype in (torch.float16, torch.float32):
+        for size in (0, 1, 8192, 8193):
+            x = draw(1, max(1, size), dtype)[0][0, :size]
+            scaled = torch.empty(size, dtype=dtype, device=DEVICE).copy_(x)
+            for factor in (1.0, 0.3):
+                scale_(scaled, torch.tensor(factor, device=DEVICE))
+                assert torch.equal(scaled, (x.float() * torch.tensor(factor, device=DEVICE)).to(dtype))
 
 
 def test_memory_is_the_gradient_and_a_few_rows() -> None:
@@ -260,12 +308,11 @@ def test_memory_is_the_gradient_and_a_few_rows() -> None:
     logits = torch.randn(512, 4096, requires_grad=True)
     targets = torch.rand(512, 4096)
     gradient = logits.numel() * 4
-    assert peak_allocation(lambda: student_loss(logits, targets)) <= gradient + 6 * clustering.BLOCK_BYTES
+    assert peak_allocation(lambda: student_loss(logits, targets)) <= gradient + 6 * cross_entropy_cpu.BLOCK_BYTES
 
 
 def test_bad_arguments() -> None:
     logits, targets = draw(5, 7)
-    rows = draw_rows(5, 7)
     cases = [
         (TypeError, "logits must be floating point, got torch.int64", logits.long(), targets, 0.1),
         (ValueError, r"logits must have the axes \[predicted, prototypes\], got shape \(7,\)", logits[0], targets, 0.1),
@@ -274,25 +321,7 @@ def test_bad_arguments() -> None:
         (ValueError, r"targets must have the shape \[predicted=5, prototypes=7\], got", logits, targets[:, 1:], 0.1),
         (ValueError, "targets must be on the device of logits", logits, targets.to("meta"), 0.1),
         (ValueError, "temperature must be positive and finite, got 0.0", logits, targets, 0.0),
-        (ValueError, "targets.logits must have the shape", logits, rows._replace(logits=rows.logits[..., 1:]), 0.1),
-        (ValueError, r"targets.logits must have the shape \[sel", logits, rows._replace(logits=rows.logits[0]), 0.1),
-        (ValueError, "targets.logits must have the axes", logits, rows._replace(logits=rows.logits[None]), 0.1),
-        (TypeError, "targets.logits must be floating", logits, rows._replace(logits=rows.logits.long()), 0.1),
-        (TypeError, "targets.rows must be torch.int32 or", logits, rows._replace(rows=rows.rows.bool()), 0.1),
-        (
-            ValueError,
-            r"targets.rows must have the shape \[predicted=5\]",
-            logits,
-            rows._replace(rows=rows.rows[1:]),
-            0.1,
-        ),
-        (ValueError, "targets.temperature must be positive and", logits, rows._replace(temperature=math.nan), 0.1),
     ]
-    column = rows.potentials._replace(column=rows.potentials.row)
-    cases.append((ValueError, "column must have the shape", logits, rows._replace(potentials=column), 0.1))
-    if DEVICE == "cpu":
-        far = rows._replace(rows=rows.rows + 12)
-        cases.append((ValueError, r"targets.rows must be in \[0, 12\), got values from", logits, far, 0.1))
     for error, message, *arguments in cases:
         with pytest.raises(error, match=message):
             student_loss(*arguments)

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from numerics import assert_as_accurate, assert_draws_as_accurate, least_exact, peak_allocation
 from torch import Tensor
 
-from capi_kernels import _attention_cpu, apply_rotary, reference, rotary_tables, visible_attention
+from capi_kernels import apply_rotary, reference, rotary_tables, visible_attention
+from capi_kernels.attention import cpu
 
 LENGTHS = {
     "one": [1],
@@ -81,7 +82,7 @@ def test_output_and_gradients_match_the_definition(lengths: str, dtype: torch.dt
 def test_any_cut_matches_the_definition(cut: dict, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few rows at a time, heads and images one by one; of 300 tokens the backward is PyTorch's in float32."""
     for name, value in cut.items():
-        monkeypatch.setattr(_attention_cpu, name, value)
+        monkeypatch.setattr(cpu, name, value)
     draws = [arguments([40, 40, 3, 40, 0, 70], dtype), arguments([300, 1, 300], dtype, 2, 16)]
     for given in draws:
         definition = reference.visible_attention

@@ -8,11 +8,10 @@ import torch
 from numerics import assert_draws_as_accurate
 from torch import Tensor
 
-from capi_kernels import _attention_launch_triton, _attention_triton, _tiled_attention_triton, reference
-from capi_kernels._attention_triton import Config
-from capi_kernels._short_backward_triton import short_backward_config
-from capi_kernels._short_forward_triton import short_forward_config
-from capi_kernels.visible_attention_triton import visible_attention_backward, visible_attention_forward
+from capi_kernels import reference
+from capi_kernels.attention import configs, operands_triton
+from capi_kernels.attention.configs import Config
+from capi_kernels.attention.launch_triton import attention_backward, attention_forward
 
 pytestmark = pytest.mark.usefixtures("guarded_memory")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -44,8 +43,10 @@ def packed_inputs(lengths, heads, head_dim, dtype, *, rotary=True, seed=0):
 def run(projection, tables, cu_seqlens, max_seqlen, do, scale=None) -> tuple[Tensor, Tensor]:
     scale = projection.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = projection.unbind(1)
-    out, stats = visible_attention_forward(q, k, v, *tables, cu_seqlens, max_seqlen, scale)
-    return out, visible_attention_backward(do, out, stats, q, k, v, *tables, cu_seqlens, max_seqlen, scale)
+    operands = (q, k, v, *tables * 2, cu_seqlens, cu_seqlens, None, max_seqlen, max_seqlen, scale)
+    out, stats = attention_forward(*operands)
+    (dqkv,) = attention_backward(do, out, stats, *operands, parts=[3])
+    return out, dqkv
 
 
 def defined(projection, tables, cu_seqlens, max_seqlen, do, dtype, scale=None) -> tuple[Tensor, Tensor]:
@@ -85,11 +86,11 @@ def route(request, monkeypatch) -> str:
     """Every dtype and length through one set of kernels, in tiles small enough for short sequences to fill some."""
     forward, backward = ROUTES[request.param]
     resident = Config(16, 32, 4) if request.param == "resident" else None
-    monkeypatch.setattr(_attention_launch_triton, "short_forward_config", lambda *_: forward)
-    monkeypatch.setattr(_attention_launch_triton, "short_backward_config", lambda *_: backward)
-    monkeypatch.setattr(_attention_launch_triton, "resident_backward_config", lambda *_: resident)
-    for name in ("forward_config", "dq_config", "dkdv_config"):
-        monkeypatch.setattr(_tiled_attention_triton, name, lambda *_: Config(16, 16, 4))
+    monkeypatch.setattr(configs, "short_forward", lambda *_: forward)
+    monkeypatch.setattr(configs, "short_backward", lambda *_: backward)
+    monkeypatch.setattr(configs, "resident_backward", lambda *_: resident)
+    for name in ("tiled_forward", "tiled_dq", "tiled_dkdv"):
+        monkeypatch.setattr(configs, name, lambda *_: Config(16, 16, 4))
     return request.param
 
 
@@ -167,7 +168,7 @@ def test_wide_heads():
 
 def test_heads_share_a_program(route, monkeypatch):
     """Six heads, three a program: each as if alone."""
-    monkeypatch.setattr(_attention_triton, "ENOUGH_PROGRAMS", 1)
+    monkeypatch.setattr(operands_triton, "ENOUGH_PROGRAMS", 1)
     projection, tables, cu_seqlens, max_seqlen, do = packed_inputs((9, 3), 6, 16, torch.float32)
     out, dqkv = run(projection, tables, cu_seqlens, max_seqlen, do)
     for head in (0, 2, 3, 5):
@@ -180,8 +181,8 @@ def test_heads_share_a_program(route, monkeypatch):
 @pytest.mark.parametrize("route", ["one tile"], indirect=True)
 def test_short_forward_with_tiled_backward(route, monkeypatch):
     """As images of 129 to 320 tokens have it."""
-    monkeypatch.setattr(_attention_launch_triton, "short_backward_config", lambda *_: None)
-    monkeypatch.setattr(_attention_launch_triton, "resident_backward_config", lambda *_: None)
+    monkeypatch.setattr(configs, "short_backward", lambda *_: None)
+    monkeypatch.setattr(configs, "resident_backward", lambda *_: None)
     assert_accurate(draw((17, 1), 1, 16, torch.float16))
 
 
@@ -251,15 +252,15 @@ def test_what_no_kernel_does_is_refused():
 def test_short_images_stay_on_chip():
     for dtype, head_dim, capability in product((torch.bfloat16, torch.float16), (32, 64), (90, 100)):
         for tokens in (1, 32, 64, 106, 128):
-            assert short_forward_config(dtype, head_dim, tokens, tokens, capability) is not None
-            assert short_backward_config(dtype, head_dim, tokens, tokens, False, capability) is not None
+            assert configs.short_forward(dtype, head_dim, tokens, tokens, capability) is not None
+            assert configs.short_backward(dtype, head_dim, tokens, tokens, False, capability) is not None
         for tokens in (192, 256, 272, 320):
-            config = short_forward_config(dtype, head_dim, tokens, tokens, capability)
+            config = configs.short_forward(dtype, head_dim, tokens, tokens, capability)
             assert config.block_k + config.tail >= tokens
-        assert short_forward_config(dtype, head_dim, 321, 321, capability) is None
-        assert short_backward_config(dtype, head_dim, 129, 129, False, capability) is None
-    assert short_forward_config(torch.float32, 64, 106, 106, 90) is None
-    assert short_backward_config(torch.float32, 64, 106, 106, False, 90) is None
+        assert configs.short_forward(dtype, head_dim, 321, 321, capability) is None
+        assert configs.short_backward(dtype, head_dim, 129, 129, False, capability) is None
+    assert configs.short_forward(torch.float32, 64, 106, 106, 90) is None
+    assert configs.short_backward(torch.float32, 64, 106, 106, False, 90) is None
 
 
 gpu = pytest.mark.gpu

@@ -25,12 +25,14 @@ from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.timing import Contestant, first_line, stopwatch
-from capi_kernels import masked_cross_attention_triton, reference, visible_attention_triton
-from capi_kernels._attention_triton import Config, Operands, operands
-from capi_kernels._packed_rotary_triton import pack_tables
-from capi_kernels._short_backward_triton import short_backward
-from capi_kernels._short_forward_triton import short_forward
-from capi_kernels._tiled_attention_triton import tiled_forward
+from capi_kernels import reference
+from capi_kernels.attention.configs import Config
+from capi_kernels.attention.launch_triton import attention_backward, attention_forward, new_gradients
+from capi_kernels.attention.operands_triton import Operands, launchable
+from capi_kernels.attention.packed_rotary_triton import pack_tables
+from capi_kernels.attention.short_backward_triton import short_backward
+from capi_kernels.attention.short_forward_triton import short_forward
+from capi_kernels.attention.tiled_forward_triton import tiled_forward
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
@@ -129,37 +131,28 @@ class Case:
 
     @property
     def x(self) -> Operands:
-        return operands(*self.qkv, *self.tables, *self.lengths, None, *self.most, self.scale)
+        return Operands(*self.qkv, *self.tables, *self.lengths, None, *self.most, self.scale)
+
+    @property
+    def parts(self) -> list[int]:
+        return [3] if self.own else [1, 2]
 
     def ours(self) -> tuple[Tensor, Tensor]:
         """Today's o and stats."""
-        if self.own:
-            return visible_attention_triton.visible_attention_forward(
-                *self.qkv, *self.tables[:2], self.lengths[0], self.most[0], self.scale
-            )
-        where = (*self.lengths, None, *self.most, self.scale)
-        return masked_cross_attention_triton.masked_cross_attention_forward(*self.qkv, *self.tables, *where)
+        return attention_forward(*self.x)
 
-    def ours_backward(self, out: Tensor, stats: Tensor) -> tuple[Tensor, ...]:
-        if self.own:
-            where = (*self.tables[:2], self.lengths[0], self.most[0], self.scale)
-            return visible_attention_triton.visible_attention_backward(self.do, out, stats, *self.qkv, *where).unbind(1)
-        where = (*self.tables, *self.lengths, None, *self.most, self.scale)
-        dq, dkv = masked_cross_attention_triton.masked_cross_attention_backward(self.do, out, stats, *self.qkv, *where)
-        return dq, *dkv.unbind(1)
+    def ours_backward(self, out: Tensor, stats: Tensor) -> list[Tensor]:
+        buffers = attention_backward(self.do, out, stats, *self.x, parts=self.parts)
+        return [part for buffer in buffers for part in buffer.unbind(1)]
 
     def forward(self, config: Config) -> tuple[Tensor, Tensor]:
         forward = tiled_forward if self.most[1] > 320 else short_forward
-        return forward(self.x, config)
+        return forward(launchable(self.x), config)
 
-    def backward(self, config: Config, stats: Tensor) -> tuple[Tensor, ...]:
-        q, k, _ = self.qkv
-        if self.own:
-            gradients = torch.empty((len(q), 3, *q.shape[1:]), dtype=q.dtype, device=q.device).unbind(1)
-        else:
-            dkv = torch.empty((len(k), 2, *k.shape[1:]), dtype=k.dtype, device=k.device)
-            gradients = (torch.empty(q.shape, dtype=q.dtype, device=q.device), *dkv.unbind(1))
-        short_backward(self.x, self.do, stats, *gradients, config)
+    def backward(self, config: Config, stats: Tensor) -> list[Tensor]:
+        x = launchable(self.x)
+        gradients = [part for buffer in new_gradients(x, self.parts) for part in buffer.unbind(1)]
+        short_backward(x, self.do, stats, *gradients, config)
         return gradients
 
     @property

@@ -1,0 +1,40 @@
+"""Where patches and registers lie in an image: (row, column), from 0 to 1."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class Coordinates(NamedTuple):
+    """Of a grid of patches."""
+
+    patches: Float[Tensor, "positions 2"]
+    edge: Float[Tensor, "registers 2"]
+    """Of registers around the unit square."""
+    tokens: Float[Tensor, "tokens 2"]
+    """Of registers around all patches, then of these."""
+
+
+def grid_coordinates(grid: tuple[int, int], n_registers: int, device: torch.device) -> Coordinates:
+    """Of a grid of (rows, columns) patches."""
+    rows, columns = (torch.linspace(0, 1, n, device=device) for n in grid)
+    patches, edge = torch.cartesian_prod(rows, columns), _register_coordinates(n_registers, device)
+    return Coordinates(patches, edge, with_registers(patches.unsqueeze(0), edge).squeeze(0))
+
+
+def with_registers(
+    coords: Float[Tensor, "images patches 2"], edge: Float[Tensor, "registers 2"]
+) -> Float[Tensor, "images tokens 2"]:
+    """Registers before the patches of their image, around which `edge` places them."""
+    low, high = coords.amin(1, keepdim=True), coords.amax(1, keepdim=True)
+    return torch.cat([low + edge * (high - low), coords], dim=1)
+
+
+def _register_coordinates(n: int, device: torch.device) -> Float[Tensor, "registers 2"]:
+    """Points that walk the perimeter of the unit square."""
+    step = torch.arange(n // 4, device=device) / max(n // 4, 1)
+    zero, one = torch.zeros_like(step), torch.ones_like(step)
+    sides = [(step, zero), (one, step), (1 - step, one), (zero, 1 - step)]
+    return torch.cat([torch.stack(side, dim=1) for side in sides])

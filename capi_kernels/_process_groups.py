@@ -1,0 +1,34 @@
+"""Groups of processes: how the caller names one, how an op's schema does, and what its ranks agree on."""
+
+import torch
+from torch.distributed import ProcessGroup, ReduceOp, all_reduce, get_backend_config, group, is_initialized
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+
+def resolve_group(process_group: ProcessGroup | str | None) -> ProcessGroup | None:
+    """The group to reduce over; None is this process alone, as in a group of one."""
+    if process_group == "world":
+        process_group = group.WORLD if is_initialized() else None
+    if process_group is None:
+        return None
+    if isinstance(process_group, ProcessGroup):
+        return process_group if process_group.size() > 1 else None
+    raise TypeError(f'process_group must be "world", a ProcessGroup or None, got {process_group!r}')
+
+
+def group_name(process_group: ProcessGroup | None) -> str | None:
+    """How an op's schema can name a group."""
+    return None if process_group is None else process_group.group_name
+
+
+def named_group(name: str | None) -> ProcessGroup | None:
+    return None if name is None else _resolve_process_group(name)
+
+
+def largest(values: list[int], process_group: ProcessGroup | None, device: torch.device) -> list[int]:
+    """The largest of each value over the ranks; no rank waits for its GPU where the group reduces on CPUs as well."""
+    if process_group is None:
+        return values
+    x = torch.tensor(values, device="cpu" if "cpu:" in get_backend_config(process_group) else device)
+    all_reduce(x, ReduceOp.MAX, process_group)
+    return x.tolist()

@@ -1,0 +1,142 @@
+"""Attention of packed queries to packed context: o_i = sum_j softmax_j(rope(q_i) . rope(k_j) scale) v_j.
+
+The j are the tokens of the context that the group of query i reads.
+"""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from capi_kernels._autocast import cast_inputs
+from capi_kernels._checks import (
+    check_cu_seqlens,
+    check_heads,
+    check_index,
+    check_positive,
+    check_rotary,
+    check_shape,
+    check_tensor,
+)
+from capi_kernels.attention.operation import attention
+
+
+def check_operands(
+    q: Tensor,
+    k: Tensor,
+    tables: tuple[Tensor | None, ...],
+    where: tuple[Tensor, Tensor, Tensor | None],
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+) -> None:
+    """What every attention from groups to contexts asks of its operands but q, k and v; where: cu_seqlens, kv_index."""
+    q_cos, q_sin, k_cos, k_sin = tables
+    cu_seqlens_q, cu_seqlens_k, kv_index = where
+    check_rotary(("q_cos", "q_sin"), q_cos, q_sin, ("q", q))
+    check_rotary(("k_cos", "k_sin"), k_cos, k_sin, ("k", k))
+    check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, "max_seqlen_q", max_seqlen_q, q.shape[0], ("q", q))
+    check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, "max_seqlen_k", max_seqlen_k, k.shape[0], ("k", k))
+    groups, contexts = len(cu_seqlens_q) - 1, len(cu_seqlens_k) - 1
+    if kv_index is not None:
+        check_index("kv_index", kv_index, contexts, ("q", q))
+        check_shape("kv_index", kv_index, groups=groups)
+    elif groups != contexts:
+        raise ValueError(f"without kv_index every group needs a context: got {groups} groups and {contexts} contexts")
+    check_positive(scale=scale)
+
+
+def masked_cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_cos: Tensor | None,
+    q_sin: Tensor | None,
+    k_cos: Tensor | None,
+    k_sin: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    kv_index: Tensor | None = None,
+    scale: float | None = None,
+) -> Float[Tensor, "queries heads head_dim"]:
+    """Attention of every query to the context of its group, rotary embedding inside; queries never see each other.
+
+    The predictor of arXiv 2502.08769: queries are mask tokens, a group is an image, its context the encoder's output.
+
+    Args:
+        q: [queries, heads, head_dim], any floating dtype and strides; groups follow each other.
+        k, v: [context, heads, head_dim] of the dtype of q; contexts follow each other.
+        q_cos, q_sin, k_cos, k_sin: float32 (float64 with float64 q) [queries or context, head_dim] as from
+            `rotary_tables`, without gradient; None, None embeds nothing. On a GPU half-precision q and k with contexts
+            of up to 320 tokens read them rounded to float16: off by at most 2^-12, a sixteenth of how far q in
+            bfloat16 is rounded, half as far as in float16.
+        cu_seqlens_q, cu_seqlens_k: int32 [groups + 1] and [contexts + 1], where each group and context starts, then the
+            token count; a group or context may be empty, and the output of queries without context is zero.
+        max_seqlen_q, max_seqlen_k: at least the tokens of the longest group and context.
+        kv_index: int32 or int64 [groups], the context of each group; several groups may read one. By default group g
+            reads context g.
+        scale: of the scores; 1 / sqrt(head_dim) by default.
+
+    Returns:
+        [queries, heads, head_dim] in the dtype of q (under autocast, which casts q, k and v, in its dtype), with
+        gradients to q, k and v (zero in contexts that nobody reads).
+
+    Raises:
+        TypeError: what is no tensor, another dtype, or float64 on a GPU.
+        ValueError: other shapes or devices, an odd head_dim under a rotary embedding, a maximum that is too small, a
+            scale that is not positive and finite, groups and contexts that differ in number without kv_index,
+            cu_seqlens that do not start at 0, decrease, or do not end at the token count, kv_index out of range (values
+            are looked at on a CPU only), on a GPU a head_dim above 128.
+    """
+    q, k, v = cast_inputs(q, k, v)
+    check_heads("q", q, "queries")
+    check_tensor("k", k, "context heads head_dim", like=("q", q))
+    context, (_, heads, head_dim) = k.shape[0], q.shape
+    check_shape("k", k, context=context, heads=heads, head_dim=head_dim)
+    check_tensor("v", v, "context heads head_dim", like=("q", q))
+    check_shape("v", v, context=context, heads=heads, head_dim=head_dim)
+    tables, where = (q_cos, q_sin, k_cos, k_sin), (cu_seqlens_q, cu_seqlens_k, kv_index)
+    scale = head_dim**-0.5 if scale is None else scale
+    check_operands(q, k, tables, where, max_seqlen_q, max_seqlen_k, scale)
+    return attention(q, k, v, *tables, *where, max_seqlen_q, max_seqlen_k, scale)
+
+
+def masked_cross_attention_kvpacked(
+    q: Tensor,
+    kv: Tensor,
+    q_cos: Tensor | None,
+    q_sin: Tensor | None,
+    k_cos: Tensor | None,
+    k_sin: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    kv_index: Tensor | None = None,
+    scale: float | None = None,
+) -> Float[Tensor, "queries heads head_dim"]:
+    """`masked_cross_attention` with kv[:, 0] as k and kv[:, 1] as v, whose one gradient is written once.
+
+    Args:
+        q: [queries, heads, head_dim], any floating dtype and strides.
+        kv: [context, 2, heads, head_dim] of the dtype of q, any strides.
+        q_cos, q_sin, k_cos, k_sin, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, kv_index, scale: as in
+            `masked_cross_attention`.
+
+    Returns:
+        [queries, heads, head_dim], with gradients to q and kv, that of kv contiguous: no copy assembles it.
+
+    Raises:
+        TypeError, ValueError: as in `masked_cross_attention`.
+    """
+    q, kv = cast_inputs(q, kv)
+    check_heads("q", q, "queries")
+    check_tensor("kv", kv, "context 2 heads head_dim", like=("q", q))
+    _, heads, head_dim = q.shape
+    check_shape("kv", kv, context=kv.shape[0], parts=2, heads=heads, head_dim=head_dim)
+    tables, where = (q_cos, q_sin, k_cos, k_sin), (cu_seqlens_q, cu_seqlens_k, kv_index)
+    scale = head_dim**-0.5 if scale is None else scale
+    check_operands(q, kv[:, 0], tables, where, max_seqlen_q, max_seqlen_k, scale)
+    return attention(q, kv, None, *tables, *where, max_seqlen_q, max_seqlen_k, scale)

@@ -1,0 +1,127 @@
+"""The clustering head on a CPU: logits, assignment, loss and gradients of a few positions at a time."""
+
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup, ReduceOp, all_reduce
+
+from capi_kernels.heads.cross_entropy_cpu import SoftCrossEntropy
+from capi_kernels.heads.linear import StreamedLinear
+from capi_kernels.reference import Potentials
+from capi_kernels.sinkhorn.cpu import (
+    HEADROOM,
+    Block,
+    balance,
+    balance_chunk,
+    exponentials,
+    positions_per_chunk,
+    rows_per_block,
+)
+
+
+def clustering_head(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target_temperature: float,
+    prediction_temperature: float,
+    n_iterations: int,
+    eps: float,
+    positionwise: bool,
+    position_chunk: int | None,
+    process_group: ProcessGroup | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Potentials, Tensor, Tensor]:
+    """The loss, the potentials, and the gradients of the loss in weight and bias."""
+    positions, images, dim = features.shape
+    prototypes, tokens = len(weight), positions * images
+    wide = torch.promote_types(dtype, torch.float32)
+    chunk = position_chunk or positions
+    if position_chunk is None and positionwise:
+        chunk = positions_per_chunk(images, prototypes, wide.itemsize, process_group)
+    chunk = min(positions, chunk)
+    balance_positions = _apart
+    if not positionwise and chunk < positions:
+        balance_positions = _together
+    elif not positionwise:  # Everything in a chunk: a single position of all tokens.
+        features, chunk = features.reshape(1, tokens, dim), 1
+
+    slices = positions if positionwise else 1
+    shapes = ((slices, prototypes), (slices, prototypes), (slices, tokens // slices))
+    potentials = Potentials(*(features.new_ones(shape, dtype=wide) for shape in shapes))
+    linear = StreamedLinear(features, weight, bias, dtype, chunk)
+    buffer = features.new_empty((chunk, features.shape[1], prototypes), dtype=wide)
+    cross_entropy = SoftCrossEntropy(chunk * features.shape[1], prototypes, wide, prediction_temperature)
+    loss = features.new_zeros((), dtype=torch.float64)
+    dweight = None
+    dbias = weight.new_zeros(prototypes, dtype=wide)
+    for block in balance_positions(linear, buffer, potentials, target_temperature, n_iterations, eps, process_group):
+        t, _, logits, f = (x.flatten(0, 1) for x in block)
+        minus_dlogits = logits if dtype == wide else torch.empty_like(t)
+        for some_rows in zip(*(x.split(cross_entropy.rows) for x in (t, logits, minus_dlogits)), strict=True):
+            loss += cross_entropy(*some_rows)
+        factors = minus_dlogits.to(dtype).mT, f
+        if dweight is None:
+            dweight = torch.mm(*factors).to(wide)
+        elif dtype == wide:
+            dweight.addmm_(*factors)
+        else:
+            dweight += torch.mm(*factors)
+        dbias += minus_dlogits.sum(0)
+    potentials.column.mul_(math.exp(HEADROOM))
+    factor = -1 / (prediction_temperature * tokens)
+    if not positionwise:
+        potentials = Potentials(*(x[0] for x in potentials))
+    return (loss / tokens).to(wide), potentials, dweight.mul_(factor), dbias.mul_(factor)
+
+
+def _apart(
+    linear: StreamedLinear,
+    buffer: Tensor,
+    potentials: Potentials,
+    temperature: float,
+    n_iterations: int,
+    eps: float,
+    process_group: ProcessGroup | None,
+) -> Iterator[Block]:
+    """Balance every position apart, chunk by chunk; yield blocks (assignments, rows, logits, features)."""
+    positions, images = potentials.row.shape
+    rows = rows_per_block(linear.chunk, images, buffer.shape[-1], buffer.itemsize)
+    for start in range(0, positions, linear.chunk):
+        part = Potentials(*(x[start : start + linear.chunk] for x in potentials))
+        logits, features = linear(start)
+        E = buffer[: len(logits)]
+        yield from balance_chunk(E, logits, part, n_iterations, eps, temperature, process_group, rows, features)
+
+
+def _together(
+    linear: StreamedLinear,
+    buffer: Tensor,
+    potentials: Potentials,
+    temperature: float,
+    n_iterations: int,
+    eps: float,
+    process_group: ProcessGroup | None,
+) -> Iterator[Block]:
+    """Balance all positions as one: every pass computes the logits anew, chunk by chunk. Yields the same blocks."""
+    images = buffer.shape[1]
+    column_max, column, row = potentials
+    column_max, column, row = column_max.unsqueeze(1), column.unsqueeze(1), row.unsqueeze(2)
+
+    def blocks() -> Iterator[Block]:
+        for start in range(0, len(linear.features), linear.chunk):
+            tensors = (buffer[: len(linear.features) - start], *linear(start))
+            E, logits, features = (x.flatten(0, 1).unsqueeze(0) for x in tensors)
+            yield E, row[:, start * images :][:, : E.shape[1]], logits, features
+
+    def blocks_of_pass(number: int) -> Iterable[Block]:
+        return exponentials(blocks(), column_max, temperature)
+
+    column_max.fill_(-torch.inf)
+    for _, _, logits, _ in blocks():
+        torch.maximum(column_max, logits.amax(1, keepdim=True).to(column_max.dtype), out=column_max)
+    if process_group is not None:
+        all_reduce(column_max, ReduceOp.MAX, process_group)
+    yield from balance(blocks_of_pass, column, n_iterations, eps, process_group)
