@@ -25,6 +25,7 @@ from capi.casting import WeightCopies
 from capi.config import Config
 from capi.distributed import World
 from capi.masking import Masks
+from capi.progress import announce
 from capi.step import StepResult, Trainer
 from capi.step_graph import StepGraph, StepInputs, graphs_obstacle
 from capi.train import main
@@ -334,6 +335,20 @@ def test_where_there_are_no_graphs(tmp_path, capsys) -> None:
     assert not Trainer(fixed, World(0, 1, CPU)).uses_graphs
     assert main([*tiniest(tmp_path), "--run.cuda_graphs", "on"]) == 1
     assert "run.cuda_graphs is on, but the device is cpu; expected auto or off" in capsys.readouterr().err
+
+
+def test_several_ranks_launch_their_steps_and_say_so(tmp_path, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    config = load_tiniest(tmp_path, *FIXED)
+    trainer = Trainer(config, World(0, 1, CPU))
+    said = []
+    for size in (1, 2):
+        trainer.world = World(0, size, torch.device("cuda"))
+        caplog.clear()
+        with caplog.at_level("INFO", "capi"):
+            announce(config, trainer, 0)
+        said.append("launches every step anew, without a CUDA graph: there are 2 processes" in caplog.text)
+    assert said == [False, True]
 
 
 def test_the_script_tells_a_graph_from_a_step(tmp_path, cpu_graphs, monkeypatch, capsys) -> None:
