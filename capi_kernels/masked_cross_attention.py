@@ -5,6 +5,8 @@ The j are the tokens of the context that the group of query i reads. The ops `ca
 selective activation checkpointing: saving the first spares its recomputation.
 """
 
+from inspect import signature
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -130,6 +132,10 @@ class _MaskedCrossAttention(torch.autograd.Function):
 
     setup_context = staticmethod(_setup_context)
     backward = staticmethod(once_differentiable(_backward))
+
+
+# PyTorch looks for it at each call.
+_MaskedCrossAttention.forward.__signature__ = signature(_MaskedCrossAttention.forward)
 
 
 class _KVPacked(torch.autograd.Function):

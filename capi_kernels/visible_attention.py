@@ -4,6 +4,8 @@ The ops `capi_kernels::visible_attention` and `capi_kernels::visible_attention_b
 go by these names in the policies of selective activation checkpointing: saving the first spares its recomputation.
 """
 
+from inspect import signature
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -108,6 +110,10 @@ class _VisibleAttention(torch.autograd.Function):
 
     setup_context = staticmethod(_setup_context)
     backward = staticmethod(once_differentiable(_backward))
+
+
+# PyTorch looks for it at each call.
+_VisibleAttention.forward.__signature__ = signature(_VisibleAttention.forward)
 
 
 class _QKVPacked(torch.autograd.Function):
