@@ -68,18 +68,22 @@ def usage(kernel, arguments: dict, options: dict, target: int) -> Usage:
 def chosen(families: list[str], targets: list[int], sample: bool) -> dict[tuple[str, int], list[int]]:
     """The targets for which to compile each case, (family, index).
 
-    A sample is one of each kernel and type of data: the last for the first target, the median for the others.
+    A sample is one of each kernel and type of data: the last for the first target, the median for others. Each is for
+    one target, and the types of a kernel are for different ones.
     """
     cases = {}
     for family in families:
-        for target in targets:
-            kinds = {}
-            for index, (name, kernel, _, _, *only) in enumerate(cases_of(family)):
+        kinds = {}
+        for index, (name, kernel, _, _, *only) in enumerate(cases_of(family)):
+            kind = kinds.setdefault(kernel, {}).setdefault(name.split()[0] if sample else index, {})
+            for target in targets:
                 if not only or target in only[0]:
-                    kinds.setdefault((kernel, name.split()[0]) if sample else index, []).append(index)
-            for indices in kinds.values():
-                index = indices[-1 if target == targets[0] else (len(indices) - 1) // 2]
-                cases.setdefault((family, index), []).append(target)
+                    kind.setdefault(target, []).append(index)
+        for first, types in enumerate(kinds.values()):
+            for turn, kind in enumerate(types.values(), first):
+                for target in [list(kind)[turn % len(kind)]] if sample else kind:
+                    index = kind[target][-1 if target == targets[0] else (len(kind[target]) - 1) // 2]
+                    cases.setdefault((family, index), []).append(target)
     return {case: cases[case] for case in sorted(cases, key=lambda case: (families.index(case[0]), case[1]))}
 
 
@@ -111,7 +115,9 @@ def main() -> None:
     parser.add_argument("targets", nargs="*", type=int, default=TARGETS, metavar="CAPABILITY")
     parser.add_argument("--check", action="store_true", help="write no report")
     parser.add_argument("--families", nargs="+", default=FAMILIES, help="files of benchmarks/compile_cases")
-    parser.add_argument("--sample", action="store_true", help="one configuration of each kernel and type of data")
+    parser.add_argument(
+        "--sample", action="store_true", help="one configuration of each kernel and type, for one target"
+    )
     arguments = parser.parse_args()
 
     lines = [
