@@ -15,7 +15,10 @@ from capi.visualize.maps import upsampled
 from capi.visualize.sheet import Panel, bytes_of, enlargement, framed, sheet, shown
 
 _ROWS_AT_A_TIME = 1024  # Of logits: of 16384 prototypes they take 64 MB.
-_SHEET_SIDE, _CONTEXT = 72, 3  # Pixels of a panel of the contact sheet; patches on its side.
+_SHEET_SIDE, _CONTEXT = 80, 5  # Pixels of a panel of the contact sheet; patches on its side.
+
+_OUTSIDE = 225  # The grey of what lies outside a picture.
+_TONES = ((0.6, 0.95), (0.95, 0.75), (0.3, 0.85), (0.8, 0.55), (0.45, 0.65), (0.85, 0.95))  # Saturation and value.
 
 
 @dataclass
@@ -49,7 +52,10 @@ def nearest_patches(
     prototypes: Sequence[int],
     n: int,
 ) -> list[Nearest]:
-    """Of each prototype the `n` patches of its largest logits; of equal ones the first picture's, then by place."""
+    """Of each prototype the `n` patches of its largest logits in `maps`, and the share of `clusters` that takes it.
+
+    Of equal logits those of the first picture come first, then by place.
+    """
     chosen = nn.Linear(layer.in_features, len(prototypes), bias=layer.bias is not None)
     chosen.weight.copy_(layer.weight[list(prototypes)])
     if layer.bias is not None:
@@ -80,9 +86,10 @@ def colours_of(clusters: Int[Tensor, "*places"]) -> Float[Tensor, "*places 3"]:
 
 
 def _colour(number: int) -> tuple[float, float, float]:
-    # Multiples of the golden ratio spread over the hues, however many there are.
+    # Multiples of the golden ratio spread over the hues, however many there are; where they come close to each other,
+    # which is after 8, 13, 21, 34 ... of them, saturation and value differ.
     hue = number * 0.6180339887 % 1
-    saturation, value = ((0.62, 0.95), (0.9, 0.72), (0.38, 0.78))[number % 3]
+    saturation, value = _TONES[number % len(_TONES)]
     return colorsys.hsv_to_rgb(hue, saturation, value)
 
 
@@ -122,13 +129,18 @@ def draw_clusters(
         groups.append([Panel(shown(picture), name), Panel(bytes_of(colours), f"{n_taken} prototypes")])
     if prototypes is None:
         prototypes = most_frequent(clusters, 8)
-    nearest = nearest_patches(maps, clusters, layer, prototypes, n_nearest)
+    # Patches that a picture ends in were continued for the encoder: these are not shown as what is nearest.
+    inside = [
+        x[: picture.shape[1] // patch_size, : picture.shape[2] // patch_size]
+        for x, picture in zip(maps, pictures, strict=True)
+    ]
+    nearest = nearest_patches(inside, clusters, layer, prototypes, n_nearest)
     contacts = [list(_contact_row(pictures, of_one, patch_size)) for of_one in nearest]
     used = len(torch.cat([x.flatten() for x in clusters]).unique())
     note = (
         f"A colour for each of the teacher's {layer.out_features} prototypes, of which {used} are taken here: of every "
         f"patch of {patch_size} x {patch_size} pixels the one with the largest logit, without training's balancing. "
-        "Below, a row a prototype: the patches nearest to it in all pictures, framed, with what surrounds them."
+        "Below, a row a prototype: the patches of all pictures nearest to it, framed, with what surrounds them."
     )
     return sheet("Clusters of patches", f"{encoder}{note}", groups, contacts)
 
@@ -140,9 +152,7 @@ def _contact_row(pictures: Sequence[UInt8[Tensor, "3 _ _"]], nearest: Nearest, p
     around = (_CONTEXT - 1) // 2 * patch_size
     side = _CONTEXT * patch_size
     for i, row, column in nearest.places:
-        height, width = pictures[i].shape[1:]
-        margins = [(0, 0), (around, around + -height % patch_size), (around, around + -width % patch_size)]
-        padded = np.pad(pictures[i].numpy(), margins, mode="symmetric")
+        padded = np.pad(pictures[i].numpy(), [(0, 0), *[(around, around)] * 2], constant_values=_OUTSIDE)
         pixels = padded[:, row * patch_size :, column * patch_size :][:, :side, :side]
         pixels = framed(pixels.transpose(1, 2, 0), _SHEET_SIDE, 1 / _CONTEXT)
         yield Panel(pixels)

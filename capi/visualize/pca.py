@@ -66,7 +66,7 @@ def draw_pca(
         pixels = bytes_of(upsampled(colours, times * cell, height, width, crisp=crisp))
         name = "image" if names is None else names[i]
         groups.append([Panel(shown(picture), name), Panel(pixels, "principal components")])
-    of = "of its own features" if per_image else "of the features of all images together"
+    of = "of each image's own features" if per_image else "of the features of all images together"
     note = (
         f"Red, green and blue are the first three principal components {of}: where colours are alike, so are features. "
         f"One feature every {cell} x {cell} pixels, {'each a square' if crisp else 'interpolated'}."

@@ -1,5 +1,6 @@
 """A sheet of pictures: a title, what is seen, and groups of panels with captions, pixel by pixel."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -14,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 _MARGIN, _GAP, _BETWEEN_GROUPS, _LINE = 20, 6, 22, 19
-_WIDEST = 1900
+_WIDEST, _PAGE = 1900, 1.6  # Pixels; width to height.
 _SMALLEST_SIDE = 200
 _BLACK, _GREY = (20, 20, 20), (95, 95, 95)
 
@@ -84,15 +85,26 @@ def _row(panels: Sequence[Panel]) -> Image.Image:
 
 
 def _flowed(blocks: Sequence[Image.Image]) -> list[list[Image.Image]]:
-    lines: list[list[Image.Image]] = []
-    free = 0
-    for block in blocks:
-        if not lines or block.width + _BETWEEN_GROUPS > free:
-            lines.append([])
-            free = _WIDEST + _BETWEEN_GROUPS
-        lines[-1].append(block)
-        free -= block.width + _BETWEEN_GROUPS
-    return lines
+    """In lines of as many blocks as make a page with few gaps, fewer where they are too wide."""
+
+    def lines_of(most: int) -> list[list[Image.Image]]:
+        lines: list[list[Image.Image]] = [[]]
+        free = _WIDEST
+        for block in blocks:
+            if lines[-1] and (block.width > free or len(lines[-1]) == most):
+                lines.append([])
+                free = _WIDEST
+            lines[-1].append(block)
+            free -= block.width + _BETWEEN_GROUPS
+        return lines
+
+    def unlike_a_page(lines: list[list[Image.Image]]) -> float:
+        width = max(sum(block.width + _BETWEEN_GROUPS for block in line) for line in lines)
+        height = sum(max(block.height for block in line) + _BETWEEN_GROUPS for line in lines)
+        places = len(lines) * max(map(len, lines))
+        return abs(math.log(width / height / _PAGE)) + 2 * (places - len(blocks)) / places
+
+    return min((lines_of(n + 1) for n in range(len(blocks))), key=unlike_a_page)
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
