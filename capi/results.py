@@ -90,7 +90,7 @@ class Results:
         with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
             pictures = list(images)
             maps = [feature_map(backbone, picture, patch_size, finer=finer) for picture in pictures]
-        encoder = f"Encoder of {self._run_dir} after {self._trainer.steps_done} steps. "
+        encoder = f"Encoder of {self._run_dir}. "
         draw_pca(pictures, maps, cell=patch_size // finer, encoder=encoder).save(png, format="PNG")
 
 

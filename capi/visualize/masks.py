@@ -34,7 +34,7 @@ class Answers:
 
     @property
     def agreeing(self) -> Bool[Tensor, "rows columns"]:
-        return self.asked & (self.student == self.teacher)
+        return self.student == self.teacher
 
 
 @torch.no_grad()
