@@ -10,14 +10,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from http.client import HTTPException
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import yaml
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from capi.config import ClusteringConfig, Config, DataConfig, ModelConfig, config_of
 from capi.model import Backbone
-from capi.weight_files import EncoderWeights, check_shape, find_file, read_weights
+from capi.weight_files import EncoderWeights, check_shape, find_file, read_teacher_head, read_weights
 
 OFFICIAL = "https://dl.fbaipublicfiles.com/capi"
 OFFICIAL_WEIGHTS = {
@@ -30,14 +33,23 @@ OFFICIAL_WEIGHTS = {
 logger = logging.getLogger(__name__)
 
 
-def load(name: str | Path, config: ModelConfig | None = None) -> Backbone:
+class Prototypes(NamedTuple):
+    """The teacher's clustering: logits of the prototypes are weight x / |x| + bias."""
+
+    weight: Float[Tensor, "prototypes dim"]
+    bias: Float[Tensor, " prototypes"] | None
+
+
+def load(name: str | Path, config: ModelConfig | None = None, *, weights: str = "ema") -> Backbone:
     """Loads a frozen backbone in evaluation mode; call it on ImageNet-normalised images, or on bytes.
 
     Args:
         name: one of the official names `capi_vitl14_{lvd,p205,in22k,in1k}` (downloaded once to PyTorch's hub folder), a
-            run's folder (its exported encoder, or its newest checkpoint), or a file: an exported encoder, a training
-            checkpoint (its moving average is taken), or any state dict of safetensors or torch.save.
+            run's folder (its exported encoder, or its newest checkpoint), the folder of a Hugging Face repository, or a
+            file: an exported encoder, a training checkpoint, or any state dict of safetensors or torch.save.
         config: the shape that the model must have; by default that of the weights.
+        weights: of a training's two encoders the moving average ("ema"), which is the teacher, or the "student"
+            itself, which checkpoints alone hold.
 
     Returns:
         A module that maps float [images, 3, height, width] to the global vector [images, dim], the registers
@@ -45,22 +57,72 @@ def load(name: str | Path, config: ModelConfig | None = None) -> Backbone:
 
     Raises:
         ValueError: neither an official name nor a file or folder, a download that failed, a file that cannot be read
-            or holds no encoder, or weights that do not fit the configuration.
+            or holds no such encoder, or weights that do not fit the configuration.
     """
-    weights = read(name)
+    found = read(name, weights=weights)
     if config is not None:
-        check_shape(config, weights)
-    return build(weights)
+        check_shape(config, found)
+    return build(found)
 
 
-def read(name: str | Path) -> EncoderWeights:
+def load_prototypes(name: str | Path) -> Prototypes:
+    """The teacher's prototypes, float32 on the CPU: what `clusters` needs to say which of them a patch takes.
+
+    Args:
+        name: as for `load`: a run's folder, a checkpoint, an exported encoder (beside it lies `heads.safetensors`), the
+            folder of a Hugging Face repository; or `heads.safetensors` itself.
+
+    Returns:
+        weight [prototypes, dim] and bias [prototypes], which is None where the run was without.
+
+    Raises:
+        ValueError: a name that is none, a file that cannot be read, or one without prototypes, as the official files.
+    """
+    path = _find(name, "ema")
+    head = read_teacher_head(path)
+    weight, bias = head.get("layer.weight"), head.get("layer.bias")
+    if weight is None:
+        raise ValueError(f"{path} comes without prototypes: expected a run's folder, a checkpoint or heads.safetensors")
+    if weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
+        shapes = [list(x.shape) for x in (weight, bias) if x is not None]
+        raise ValueError(f"the prototypes of {path} must be [prototypes, dim] and [prototypes], got {shapes}")
+    # Copies: those of a file that is mapped would go with it.
+    return Prototypes(weight.float().clone(), None if bias is None else bias.float().clone())
+
+
+def clusters(features: Float[Tensor, "*positions dim"], prototypes: Prototypes) -> Int[Tensor, "*positions"]:
+    """argmax_k of weight_k x / |x| + bias_k: which prototype the teacher is for, before Sinkhorn balances a batch.
+
+    Args:
+        features: patches as the moving average's encoder gives them: a feature map, on any device.
+        prototypes: those of the same run.
+
+    Raises:
+        ValueError: features of another width than the prototypes.
+    """
+    weight, bias = (None if x is None else x.to(features.device) for x in prototypes)
+    if features.shape[-1] != weight.shape[1]:
+        raise ValueError(f"features must have the prototypes' {weight.shape[1]} channels, got {features.shape[-1]}")
+    rows = F.normalize(features.flatten(0, -2).float(), dim=-1, eps=1e-7).split(4096)  # logits of all take gigabytes
+    chosen = [F.linear(x, weight, bias).argmax(-1) for x in rows]
+    return torch.cat(chosen).view(features.shape[:-1])
+
+
+def read(name: str | Path, *, weights: str = "ema") -> EncoderWeights:
     """The weights that `load` would load; ValueError as there."""
+    return read_weights(_find(name, weights), weights)
+
+
+def _find(name: str | Path, weights: str) -> Path:
+    """The file that a name stands for."""
+    if weights not in ("ema", "student"):
+        raise ValueError(f"weights must be ema or student, got {weights}")
     if not isinstance(name, str | Path):
         raise ValueError(f"expected the name or the path of an encoder, got {type(name).__name__}")
     if str(name) in OFFICIAL_WEIGHTS:
-        return read_weights(_download(OFFICIAL_WEIGHTS[str(name)]))
+        return _download(OFFICIAL_WEIGHTS[str(name)])
     try:
-        path = find_file(Path(name))
+        path = find_file(Path(name), weights)
         found = path.is_file()
     except (OSError, RuntimeError) as error:  # a name too long, a home that is not known
         raise ValueError(f"{str(name)[:200]} cannot be read: {error}") from error
@@ -69,7 +131,7 @@ def read(name: str | Path) -> EncoderWeights:
         raise ValueError(
             f"expected the path of a .safetensors or .pth file or of a run folder, or one of {expected}; got {name}"
         )
-    return read_weights(path)
+    return path
 
 
 def build(weights: EncoderWeights) -> Backbone:

@@ -11,10 +11,10 @@ import yaml
 from safetensors.torch import save_file
 
 from capi import pretrained
-from capi.checkpoint import save_checkpoint, save_encoder
-from capi.config import Config, ModelConfig, load_config, to_yaml
+from capi.checkpoint import save_checkpoint, save_encoder, save_heads
+from capi.config import ModelConfig, load_config, to_yaml
 from capi.distributed import World
-from capi.model import Student
+from capi.model import CAPI, Student
 from capi.step import Trainer
 
 SHAPE = ModelConfig(patch_size=4, embed_dim=16, num_heads=2, encoder_depth=2, predictor_depth=1, n_registers=4)
@@ -114,7 +114,7 @@ def test_two_encoders_of_one_kind_are_not_chosen_between(student, tmp_path) -> N
         pretrained.load(tmp_path / "two.pth")
 
 
-def write_checkpoint(run_dir: Path, step: int, seed: int) -> tuple[Config, Student]:
+def write_checkpoint(run_dir: Path, step: int, seed: int) -> CAPI:
     """A checkpoint as training writes it, whose moving average differs from the student."""
     options = ["--clustering.n_prototypes", "8", "--data.image_size", "8", "--run.seed", str(seed)]
     config = replace(load_config(options), model=replace(SHAPE, drop_path_rate=0.1))
@@ -124,11 +124,11 @@ def write_checkpoint(run_dir: Path, step: int, seed: int) -> tuple[Config, Stude
             parameter.add_(0.1)
     state = {"step": step, "trainer": trainer.state_dict(), "streams": [], "config": yaml.safe_load(to_yaml(config))}
     save_checkpoint(run_dir, step, state, keep=3)
-    return config, trainer.model.student_ema.eval()
+    return trainer.model.eval()
 
 
 def test_a_training_checkpoint_gives_its_moving_average_and_says_so(tmp_path, caplog) -> None:
-    _, ema = write_checkpoint(tmp_path, 4, seed=0)
+    ema = write_checkpoint(tmp_path, 4, seed=0).student_ema
     caplog.set_level(logging.INFO)
     assert_same_features(pretrained.load(tmp_path / "checkpoints" / "step_000000004.pt"), ema)
     (record,) = caplog.records
@@ -138,7 +138,7 @@ def test_a_training_checkpoint_gives_its_moving_average_and_says_so(tmp_path, ca
 
 def test_a_run_folder_gives_its_export_or_its_newest_checkpoint(student, tmp_path, monkeypatch) -> None:
     write_checkpoint(tmp_path, 4, seed=0)
-    _, newest = write_checkpoint(tmp_path, 8, seed=1)
+    newest = write_checkpoint(tmp_path, 8, seed=1).student_ema
     assert_same_features(pretrained.load(tmp_path), newest)
     assert_same_features(pretrained.load(str(tmp_path / "checkpoints")), newest)
     save_encoder(tmp_path / "encoder.safetensors", student, SHAPE)
@@ -147,6 +147,67 @@ def test_a_run_folder_gives_its_export_or_its_newest_checkpoint(student, tmp_pat
     assert_same_features(pretrained.load(f"~/{tmp_path.name}"), student)
     (tmp_path / "encoder.safetensors").rename(tmp_path / "ENCODER.SAFETENSORS")
     assert_same_features(pretrained.load(f"~/{tmp_path.name}/ENCODER.SAFETENSORS"), student)
+
+
+def test_a_checkpoint_gives_its_student_where_that_is_asked_for(student, tmp_path) -> None:
+    model = write_checkpoint(tmp_path, 4, seed=0)
+    save_encoder(tmp_path / "encoder.safetensors", student, SHAPE)
+    for name in (tmp_path, tmp_path / "checkpoints" / "step_000000004.pt"):
+        assert_same_features(pretrained.load(name, weights="student"), model.student)
+    with pytest.raises(ValueError, match=r"holds no student: expected a training checkpoint, got the encoder backbone"):
+        pretrained.load(tmp_path / "encoder.safetensors", weights="student")
+    (tmp_path / "checkpoints").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"expected checkpoints/step_\*.pt in .*, found none"):
+        pretrained.load(tmp_path, weights="student")
+    with pytest.raises(ValueError, match="weights must be ema or student, got teacher"):
+        pretrained.load(tmp_path, weights="teacher")
+
+
+def test_prototypes_are_found_wherever_a_run_leaves_them(student, tmp_path) -> None:
+    layer = write_checkpoint(tmp_path, 4, seed=0).teacher["head"].layer
+    names = [tmp_path, tmp_path / "checkpoints" / "step_000000004.pt"]
+
+    def assert_found(names: list[Path], layer: torch.nn.Linear) -> None:
+        for name in names:
+            for ours, expected in zip(pretrained.load_prototypes(name), (layer.weight, layer.bias), strict=True):
+                assert torch.equal(ours, expected)
+
+    assert_found(names, layer)
+    save_encoder(tmp_path / "encoder.safetensors", student, SHAPE)
+    names.append(tmp_path / "encoder.safetensors")
+    assert_found(names, layer)
+    newer = write_checkpoint(tmp_path / "other", 4, seed=1)
+    save_heads(tmp_path / "heads.safetensors", newer)
+    assert_found([tmp_path, names[2], tmp_path / "heads.safetensors"], newer.teacher["head"].layer)
+
+
+def test_prototypes_that_are_not_there_or_no_prototypes(student, tmp_path) -> None:
+    torch.save(student.state_dict(), tmp_path / "capi.pth")
+    with pytest.raises(ValueError, match=r"capi.pth comes without prototypes: expected a run's folder, a checkpoint"):
+        pretrained.load_prototypes(tmp_path / "capi.pth")
+    names = ("teacher.head.layer.weight", "x.teacher.head.layer.weight", "teacher.head.layer.bias")
+    save_file({name: torch.zeros(3, 4) for name in names[:2]}, tmp_path / "two.safetensors")
+    save_file({name: torch.zeros(3, 4) for name in names[::2]}, tmp_path / "shape.safetensors")
+    save_file({names[0]: torch.zeros(3, 4)}, tmp_path / "none.safetensors")
+    with pytest.raises(ValueError, match="holds several clusterings"):
+        pretrained.load_prototypes(tmp_path / "two.safetensors")
+    with pytest.raises(ValueError, match=r"must be \[prototypes, dim\] and \[prototypes\], got \[\[3, 4\], \[3, 4\]\]"):
+        pretrained.load_prototypes(tmp_path / "shape.safetensors")
+    assert pretrained.load_prototypes(tmp_path / "none.safetensors").bias is None
+
+
+def test_clusters_are_the_largest_logits_of_the_teacher(tmp_path) -> None:
+    teacher = write_checkpoint(tmp_path, 4, seed=0).teacher["head"]
+    with torch.no_grad():
+        teacher.layer.bias.uniform_(-2, 2)
+    prototypes = pretrained.Prototypes(teacher.layer.weight.detach(), teacher.layer.bias.detach())
+    features = 7 * torch.randn(2, 48, 50, 16)
+    logits = teacher.layer(torch.nn.functional.normalize(features, dim=-1))
+    assert torch.equal(pretrained.clusters(features, prototypes), logits.argmax(-1))
+    unbiased = pretrained.clusters(features, prototypes._replace(bias=None))
+    assert torch.equal(unbiased, (logits - teacher.layer.bias).argmax(-1))
+    with pytest.raises(ValueError, match="the prototypes' 16 channels, got 8"):
+        pretrained.clusters(features[..., :8], prototypes)
 
 
 class Touch:
