@@ -4,6 +4,7 @@
 """
 
 import argparse
+import hashlib
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,9 +19,10 @@ import yaml
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from capi.checkpoint import write_atomically
 from capi.config import ClusteringConfig, Config, DataConfig, ModelConfig, config_of
 from capi.model import Backbone
-from capi.weight_files import EncoderWeights, check_shape, find_file, read_teacher_head, read_weights
+from capi.weight_files import EXPORTS, EncoderWeights, check_shape, find_file, read_teacher_head, read_weights
 
 OFFICIAL = "https://dl.fbaipublicfiles.com/capi"
 OFFICIAL_WEIGHTS = {
@@ -44,9 +46,10 @@ def load(name: str | Path, config: ModelConfig | None = None, *, weights: str = 
     """Loads a frozen backbone in evaluation mode; call it on ImageNet-normalised images, or on bytes.
 
     Args:
-        name: one of the official names `capi_vitl14_{lvd,p205,in22k,in1k}` (downloaded once to PyTorch's hub folder), a
-            run's folder (its exported encoder, or its newest checkpoint), the folder of a Hugging Face repository, or a
-            file: an exported encoder, a training checkpoint, or any state dict of safetensors or torch.save.
+        name: one of the official names `capi_vitl14_{lvd,p205,in22k,in1k}` (downloaded once to PyTorch's hub folder,
+            where later loads check that it is the same still), a run's folder (its exported encoder, or its newest
+            checkpoint), the folder of a Hugging Face repository, or a file: an exported encoder, a training checkpoint,
+            or any state dict of safetensors or torch.save. No code from a file is run.
         config: the shape that the model must have; by default that of the weights.
         weights: of a training's two encoders the moving average ("ema"), which is the teacher, or the "student"
             itself, which checkpoints alone hold.
@@ -110,17 +113,19 @@ def clusters(features: Float[Tensor, "*positions dim"], prototypes: Prototypes) 
 
 def read(name: str | Path, *, weights: str = "ema") -> EncoderWeights:
     """The weights that `load` would load; ValueError as there."""
+    if str(name) in OFFICIAL_WEIGHTS and weights == "ema":
+        return _read_official(OFFICIAL_WEIGHTS[str(name)])
     return read_weights(_find(name, weights), weights)
 
 
 def _find(name: str | Path, weights: str) -> Path:
-    """The file that a name stands for."""
+    """The file that a name of other than the official ones stands for."""
     if weights not in ("ema", "student"):
         raise ValueError(f"weights must be ema or student, got {weights}")
     if not isinstance(name, str | Path):
         raise ValueError(f"expected the name or the path of an encoder, got {type(name).__name__}")
     if str(name) in OFFICIAL_WEIGHTS:
-        return _download(OFFICIAL_WEIGHTS[str(name)])
+        raise ValueError(f"{name} has the moving average alone: expected a run for its student or its prototypes")
     try:
         path = find_file(Path(name), weights)
         found = path.is_file()
@@ -153,7 +158,7 @@ def configuration_of(weights: EncoderWeights, image_size: int | None = None) -> 
     beside = weights.path.with_name("config.yaml")
     if weights.run_config is not None:
         config = config_of(weights.run_config)
-    elif weights.path.name == "encoder.safetensors" and beside.is_file():
+    elif weights.path.name in EXPORTS and beside.is_file():
         try:
             values = yaml.safe_load(beside.read_text())
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -191,16 +196,45 @@ def _check_tensors(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], 
         raise ValueError(f"the weights of {path} do not make an encoder: {'; '.join(faults)}")
 
 
-def _download(file: str) -> Path:
-    """The path of an official file in PyTorch's hub folder, downloaded if it is not there."""
+def _read_official(file: str) -> EncoderWeights:
+    """An official file, from PyTorch's hub folder; downloaded if it is not there, and checked to be as it was at first.
+
+    Its checksum is recorded beside it once it has been read: none is published.
+    """
     path = Path(torch.hub.get_dir()) / "checkpoints" / file
-    if not path.exists():
+    record = path.with_name(f"{file}.sha256")
+    fresh = not path.exists()
+    if fresh:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(f"{OFFICIAL}/{file}", str(path))
+            torch.hub.download_url_to_file(f"{OFFICIAL}/{file}", str(path), progress=sys.stderr.isatty())
         except (OSError, HTTPException) as error:
-            raise ValueError(f"{OFFICIAL}/{file} cannot be downloaded to {path}: {error}") from error
-    return path
+            raise ValueError(
+                f"{OFFICIAL}/{file} cannot be downloaded to {path}: {error}; without a network, put the file there"
+            ) from error
+    try:
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        expected = record.read_text().split()[0] if record.exists() else None
+    except (OSError, UnicodeDecodeError, IndexError) as error:
+        raise ValueError(f"{path} or its checksum in {record} cannot be read: {error}") from error
+    if expected not in (None, digest):
+        raise ValueError(
+            f"{path} is not what it was at its first load: its SHA-256 is {digest}, {record.name} says {expected}; "
+            "remove both to download it again"
+        )
+    try:
+        weights = read_weights(path)
+    except ValueError:
+        if fresh:
+            path.unlink()  # A connection that breaks early leaves part of a file; the next try begins anew.
+        raise
+    if expected is None:
+        try:
+            write_atomically(record, lambda part: part.write_text(f"{digest}  {file}\n"))  # as sha256sum has it
+        except OSError as error:
+            logger.warning("the checksum of %s is not recorded: %s", path, error)
+    return weights
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,8 +1,11 @@
 import argparse
+import hashlib
 import json
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -58,8 +61,47 @@ def test_an_official_name_is_downloaded_once(student, tmp_path, monkeypatch) -> 
     assert (tmp_path / "hub" / "checkpoints" / "capi_vitl14_i22k.pth").exists()
     (tmp_path / "capi_vitl14_i22k.pth").unlink()
     assert_same_features(pretrained.load("capi_vitl14_in22k"), student)
-    with pytest.raises(ValueError, match=r"capi_vitl14_lvd.pth cannot be downloaded to "):
+    with pytest.raises(ValueError, match=r"capi_vitl14_lvd.pth cannot be downloaded to .*; without a network, put the"):
         pretrained.load("capi_vitl14_lvd")
+    for ask in (partial(pretrained.load, weights="student"), pretrained.load_prototypes):
+        with pytest.raises(ValueError, match="has the moving average alone: expected a run"):
+            ask("capi_vitl14_in22k")
+
+
+def test_an_official_file_that_changed_is_not_loaded(student, tmp_path, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(pretrained, "OFFICIAL", tmp_path.as_uri())
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    source, cached = tmp_path / "capi_vitl14_i22k.pth", tmp_path / "hub" / "checkpoints" / "capi_vitl14_i22k.pth"
+    torch.save(student.state_dict(), source)
+    whole = source.read_bytes()
+    source.write_bytes(whole[:-1000])
+    with pytest.raises(ValueError, match="cannot be read as weights"):
+        pretrained.load("capi_vitl14_in22k")
+    assert list(cached.parent.iterdir()) == []  # The next load tries anew.
+    source.write_bytes(whole)
+    pretrained.load("capi_vitl14_in22k")
+    record = cached.with_name(f"{cached.name}.sha256")
+    assert record.read_text() == f"{hashlib.sha256(whole).hexdigest()}  {cached.name}\n"
+    assert_same_features(pretrained.load("capi_vitl14_in22k"), student)
+
+    torch.save({name: tensor + 1 for name, tensor in student.state_dict().items()}, cached)
+    with pytest.raises(ValueError, match=r"is not what it was at its first load: .* remove both to download it again"):
+        pretrained.load("capi_vitl14_in22k")
+    assert cached.exists()
+    record.write_text("")
+    with pytest.raises(ValueError, match="or its checksum in"):
+        pretrained.load("capi_vitl14_in22k")
+    record.unlink()
+    monkeypatch.setattr(pretrained, "write_atomically", raises(OSError("read-only")))
+    pretrained.load("capi_vitl14_in22k")
+    assert "is not recorded: read-only" in caplog.text
+
+
+def raises(error: Exception) -> Callable:
+    def function(*arguments):
+        raise error
+
+    return function
 
 
 @pytest.mark.parametrize(
@@ -315,10 +357,12 @@ def test_what_is_no_file_or_does_not_fit(student, tmp_path) -> None:
 
 
 def test_half_precision_is_widened(student, tmp_path) -> None:
-    torch.save({name: x.half() for name, x in student.state_dict().items()}, tmp_path / "half.pth")
+    half = {name: x.half() for name, x in student.state_dict().items()}
+    torch.save(half, tmp_path / "half.pth")
     loaded = pretrained.load(tmp_path / "half.pth")
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
-    assert_same_features(loaded, student.half().float())
+    student.load_state_dict(half)
+    assert_same_features(loaded, student)
 
 
 def test_the_command_line_describes_files_and_lists_names(student, tmp_path, capsys) -> None:
