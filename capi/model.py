@@ -125,7 +125,7 @@ class Backbone(nn.Module):
             visible_counts = masks.visible_counts
         counts = tuple(n_registers + n for n in visible_counts)
         registers = self.registers.expand(n_images, -1, -1).to(x.dtype)
-        edge = _register_coordinates(n_registers, images.device)
+        edge = register_coordinates(n_registers, images.device)
         if len(set(counts)) == 1:
             coords = coords.unflatten(0, (n_images, -1))
             low, high = coords.amin(1, keepdim=True), coords.amax(1, keepdim=True)
@@ -263,7 +263,7 @@ def _interleaved(
     return TakeRows.apply(torch.cat([registers.flatten(0, 1), x]), tokens, place), coords
 
 
-def _register_coordinates(n: int, device: torch.device) -> Float[Tensor, "registers 2"]:
+def register_coordinates(n: int, device: torch.device) -> Float[Tensor, "registers 2"]:
     """Points that walk the perimeter of the unit square."""
     step = torch.arange(n // 4, device=device) / max(n // 4, 1)
     zero, one = torch.zeros_like(step), torch.ones_like(step)

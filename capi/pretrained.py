@@ -7,11 +7,11 @@ import argparse
 import hashlib
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from http.client import HTTPException
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -111,6 +111,34 @@ def clusters(features: Float[Tensor, "*positions dim"], prototypes: Prototypes) 
     return torch.cat(chosen).view(features.shape[:-1])
 
 
+@torch.no_grad()
+def features_of(
+    backbone: Backbone, batches: Iterable, *, resize: int | tuple[int, int] | Literal["multiple"] | None = None
+) -> Iterator[tuple]:
+    """Features of the batches of a DataLoader, one after the other: global vectors, registers, feature maps.
+
+    Args:
+        backbone: what `load` gives, on any device, in any precision.
+        batches: images [images, 3, height, width], bytes or normalised floats; or tuples of them and of whatever else
+            the loader gives, such as labels.
+        resize: as the backbone takes it.
+
+    Yields:
+        The three, float32 on the CPU, then whatever else the batch had: `for vectors, _, maps, labels in ...`.
+
+    Raises:
+        ValueError, TypeError: batches of something else.
+    """
+    device = next(backbone.parameters()).device
+    for batch in batches:
+        images, *others = batch if isinstance(batch, tuple | list) else (batch,)
+        if not isinstance(images, Tensor) or images.ndim != 4:
+            got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+            raise TypeError(f"batches must begin with images [images, 3, height, width], got {got}")
+        outputs = backbone(images.to(device, non_blocking=True), resize=resize)
+        yield *(x.float().cpu() for x in outputs), *others
+
+
 def read(name: str | Path, *, weights: str = "ema") -> EncoderWeights:
     """The weights that `load` would load; ValueError as there."""
     if str(name) in OFFICIAL_WEIGHTS and weights == "ema":
@@ -149,29 +177,37 @@ def build(weights: EncoderWeights) -> Backbone:
     return backbone.eval().requires_grad_(False)
 
 
-def configuration_of(weights: EncoderWeights, image_size: int | None = None) -> Config:
-    """The configuration of the run that the encoder is of; where it is not known, of images of 16 patches a side.
+def run_configuration(weights: EncoderWeights) -> Config | None:
+    """The configuration of the run that the encoder is of; None where it is not known.
 
-    It stands in a checkpoint, and in the `config.yaml` beside an exported encoder. `image_size` takes the place of its
-    own; ValueError if that is no multiple of the patch size, or what is read is no configuration of this encoder.
+    It stands in a checkpoint, and in the `config.yaml` beside an exported encoder. ValueError if what is read is no
+    configuration of this encoder.
     """
-    beside = weights.path.with_name("config.yaml")
     if weights.run_config is not None:
-        config = config_of(weights.run_config)
-    elif weights.path.name in EXPORTS and beside.is_file():
-        try:
-            values = yaml.safe_load(beside.read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ValueError(f"{beside} cannot be read: {' '.join(str(error).split())}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{beside} must hold the configuration of a run, got {str(values)[:80]}")
-        config = config_of(values)
-        check_shape(config.model, weights)
-    else:
-        model = weights.shape
-        config = Config(
-            model=model, data=DataConfig(image_size=16 * model.patch_size), clustering=ClusteringConfig(n_prototypes=1)
-        )
+        return config_of(weights.run_config)
+    beside = weights.path.with_name("config.yaml")
+    if weights.path.name not in EXPORTS or not beside.is_file():
+        return None
+    try:
+        values = yaml.safe_load(beside.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{beside} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{beside} must hold the configuration of a run, got {str(values)[:80]}")
+    config = config_of(values)
+    check_shape(config.model, weights)
+    return config
+
+
+def configuration_of(weights: EncoderWeights, image_size: int | None = None) -> Config:
+    """`run_configuration`, or where it is not known, one of images of 16 patches a side.
+
+    `image_size` takes the place of its own; ValueError if that is no multiple of the patch size, or as there.
+    """
+    config = run_configuration(weights)
+    if config is None:
+        data = DataConfig(image_size=16 * weights.shape.patch_size)
+        config = Config(model=weights.shape, data=data, clustering=ClusteringConfig(n_prototypes=1))
     patch_size, image_size = config.model.patch_size, image_size or config.data.image_size
     if image_size < patch_size or image_size % patch_size:
         raise ValueError(f"the image size must be a multiple of the patch size {patch_size}, got {image_size}")

@@ -49,12 +49,16 @@ class EncoderWeights:
     """The configuration of the run, where it stands in the file."""
 
     def __str__(self) -> str:
-        shape = self.shape
         taken = f", of which {self.taken} is taken" if self.taken else ""
+        return f"{self.path}: {self.kind}{taken}; {self.description}"
+
+    @property
+    def description(self) -> str:
+        """The shape of the model, in words."""
+        shape = self.shape
         return (
-            f"{self.path}: {self.kind}{taken}; encoder {shape.encoder_depth} x {shape.embed_dim}, predictor "
-            f"{shape.predictor_depth} x {shape.embed_dim}, {shape.num_heads} heads, {shape.n_registers} registers, "
-            f"patches of {shape.patch_size}"
+            f"encoder {shape.encoder_depth} x {shape.embed_dim}, predictor {shape.predictor_depth} x "
+            f"{shape.embed_dim}, {shape.num_heads} heads, {shape.n_registers} registers, patches of {shape.patch_size}"
         )
 
 

@@ -252,6 +252,22 @@ def test_clusters_are_the_largest_logits_of_the_teacher(tmp_path) -> None:
         pretrained.clusters(features[..., :8], prototypes)
 
 
+def test_features_of_the_batches_of_a_loader(student) -> None:
+    images, labels = torch.randint(0, 256, (5, 3, 14, 9), dtype=torch.uint8), torch.arange(5)
+    backbone = student.backbone.requires_grad_(False)
+    expected = backbone(images, resize="multiple")
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), batch_size=2)
+    *features, seen = zip(*pretrained.features_of(backbone, loader, resize="multiple"), strict=True)
+    assert torch.equal(torch.cat(seen), labels)
+    for ours, theirs in zip(features, expected, strict=True):
+        torch.testing.assert_close(torch.cat(ours), theirs, rtol=0, atol=1e-5)
+    (of_floats,) = pretrained.features_of(backbone.to(torch.bfloat16), [torch.randn(2, 3, 8, 8)])
+    assert [x.dtype for x in of_floats] == [torch.float32] * 3
+    for batch in ([labels], [{"images": images}], images):
+        with pytest.raises(TypeError, match=r"batches must begin with images \[images, 3, height, width\], got "):
+            list(pretrained.features_of(backbone, batch))
+
+
 class Touch:
     """Makes a file where it is unpickled."""
 
