@@ -20,7 +20,7 @@ class Coordinates(NamedTuple):
 def grid_coordinates(grid: tuple[int, int], n_registers: int, device: torch.device) -> Coordinates:
     """Of a grid of (rows, columns) patches."""
     rows, columns = (torch.linspace(0, 1, n, device=device) for n in grid)
-    patches, edge = torch.cartesian_prod(rows, columns), _register_coordinates(n_registers, device)
+    patches, edge = torch.cartesian_prod(rows, columns), register_coordinates(n_registers, device)
     return Coordinates(patches, edge, with_registers(patches.unsqueeze(0), edge).squeeze(0))
 
 
@@ -32,7 +32,7 @@ def with_registers(
     return torch.cat([low + edge * (high - low), coords], dim=1)
 
 
-def _register_coordinates(n: int, device: torch.device) -> Float[Tensor, "registers 2"]:
+def register_coordinates(n: int, device: torch.device) -> Float[Tensor, "registers 2"]:
     """Points that walk the perimeter of the unit square."""
     step = torch.arange(n // 4, device=device) / max(n // 4, 1)
     zero, one = torch.zeros_like(step), torch.ones_like(step)

@@ -4,6 +4,9 @@ Tokens are packed: the tokens of all images of a batch stand in one [tokens, dim
 images may keep different numbers of patches. State-dict keys are those of the authors' released code.
 """
 
+from collections.abc import Sequence
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -14,6 +17,7 @@ from capi.casting import CastsWeights
 from capi.config import ClusteringConfig, ModelConfig
 from capi.coordinates import Coordinates, grid_coordinates, with_registers
 from capi.drop_path import Branches, DropPath, TakeRows
+from capi.images import normalize_images, resized
 from capi.masking import Masks
 from capi.transformer import (
     NORM_EPS,
@@ -26,27 +30,6 @@ from capi.transformer import (
     pack,
 )
 from capi_kernels import Potentials, clustering_head, clustering_targets
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-def normalize_images(
-    images: Shaped[Tensor, "*images channels height width"],
-) -> Float[Tensor, "*images 3 height width"]:
-    """Maps bytes [..., 3, height, width] to fp32 of ImageNet's mean 0 and standard deviation 1.
-
-    Raises:
-        TypeError: the images are not uint8; of floats it cannot be told whether they reach to 1 or to 255.
-        ValueError: they have not three channels.
-    """
-    if not isinstance(images, Tensor) or images.dtype != torch.uint8:
-        got = images.dtype if isinstance(images, Tensor) else type(images).__name__
-        raise TypeError(f"images must be a tensor of torch.uint8, with values from 0 to 255, got {got}")
-    if images.ndim < 3 or images.shape[-3] != 3:
-        raise ValueError(f"images must have the shape [..., 3, height, width], got {tuple(images.shape)}")
-    mean, std = (_channels(values, images).unsqueeze(2) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return (images / 255 - mean) / std
 
 
 class PatchEmbed(nn.Conv2d, CastsWeights):
@@ -67,7 +50,7 @@ class PatchEmbed(nn.Conv2d, CastsWeights):
         if indices is not None:
             patches = patches.index_select(0, indices)
         if patches.dtype == torch.uint8:
-            patches = (patches / 255 - _channels(IMAGENET_MEAN, patches)) / _channels(IMAGENET_STD, patches)
+            patches = normalize_images(patches.unsqueeze(-1)).squeeze(-1)
         return F.linear(_padded(patches.flatten(1).to(weight.dtype)), weight, bias)
 
 
@@ -94,6 +77,8 @@ class Backbone(nn.Module):
             depths = f"{config.encoder_depth} and {config.predictor_depth}"
             raise ValueError(f"model.encoder_depth and model.predictor_depth must be at least 1, got {depths}")
         self.config = config
+        # As timm and the official code call them.
+        self.patch_size, self.embed_dim, self.num_prefix_tokens = config.patch_size, dim, config.n_registers
         self.encoder = Transformer(dim, heads, config.encoder_depth, SelfAttention)
         self.decoder = Transformer(dim, heads, config.predictor_depth, CrossAttention)
         self.mask_token = nn.Parameter(torch.empty(1, dim))
@@ -124,6 +109,13 @@ class Backbone(nn.Module):
         branches: Branches | None = None,
     ) -> tuple[Float[Tensor, "tokens dim"], Packed, tuple[int, ...]]:
         """Encodes registers and visible patches (all of them without masks): tokens, their places and counts."""
+        x, packed, counts = self._embed(images, masks)
+        return self.enc_norm(self.encoder(x, packed, counts, branches=branches)), packed, counts
+
+    def _embed(
+        self, images: Shaped[Tensor, "images 3 height width"], masks: Masks | None = None
+    ) -> tuple[Float[Tensor, "tokens dim"], Packed, tuple[int, ...]]:
+        """What goes into the encoder's first block."""
         grid = self._grid(images)
         n_images, n_tokens, n_registers = images.shape[0], grid[0] * grid[1], self.config.n_registers
         x = self.patch_embed(images, None if masks is None else masks.visible_indices)
@@ -143,7 +135,7 @@ class Backbone(nn.Module):
             packed = pack(counts, coords)
             x, coords = _interleaved(registers, of_grid.edge, x, coords, masks.visible_indices // n_tokens, packed)
             packed = packed._replace(coords=coords)
-        return self.enc_norm(self.encoder(x, packed, counts, branches=branches)), packed, counts
+        return x, packed, counts
 
     def predict(
         self,
@@ -162,31 +154,76 @@ class Backbone(nn.Module):
         return self.dec_norm(self.decoder(x, packed, masks.predict_counts, *context, branches))
 
     def forward(
-        self, images: Shaped[Tensor, "images 3 height width"]
+        self,
+        images: Shaped[Tensor, "images 3 height width"],
+        *,
+        layers: Sequence[int] | None = None,
+        resize: int | tuple[int, int] | Literal["multiple"] | None = None,
     ) -> tuple[
         Float[Tensor, "images dim"],
-        Float[Tensor, "images registers dim"],
-        Float[Tensor, "images rows columns dim"],
+        Float[Tensor, "images registers dim"] | list[Float[Tensor, "images registers dim"]],
+        Float[Tensor, "images rows columns dim"] | list[Float[Tensor, "images rows columns dim"]],
     ]:
         """Features of whole images: a global vector, the registers, and a map of patch features.
 
         The global vector is the mean, over all positions, of what the predictor's first block says of them.
+
+        Args:
+            layers: the layers whose registers and maps are wanted, which then are lists, in this order: 0 is what goes
+                into the first block, k what comes out of the k-th, -1 the last. All have the encoder's final norm, as
+                in the official code; it has no weights.
+            resize: for images of any size: (height, width), the pixels of the shorter side, or "multiple", as
+                `resized` has it.
+
+        Raises:
+            ValueError: sides that do not divide by the patch, or a layer that is not there.
         """
-        grid, n_images = self._grid(images), images.shape[0]
-        context, context_packed, _ = self.encode(images)
+        if resize is not None:
+            images = resized(images, self.config.patch_size, resize)
+        grid, n_images, depth = self._grid(images), images.shape[0], len(self.encoder.blocks)
+        if any(not -depth - 1 <= layer <= depth for layer in layers or ()):
+            raise ValueError(f"layers must be numbers from {-depth - 1} to {depth}, got {list(layers)}")
+        wanted = None if layers is None else [layer % (depth + 1) for layer in layers]
+        outputs = {}
+        if wanted is None:
+            context, context_packed, _ = self.encode(images)
+        else:
+            x, context_packed, _ = self._embed(images)
+            for number, block in enumerate(self.encoder.blocks):
+                if number in wanted:
+                    outputs[number] = self.enc_norm(x)
+                x = block(x, context_packed)
+            context = outputs[depth] = self.enc_norm(x)
         coords = self._coordinates(grid, images.device).patches.repeat(n_images, 1)
         counts = (grid[0] * grid[1],) * n_images
         x = self.mask_token.to(context.dtype).expand(coords.shape[0], -1)
         predicted = self.dec_norm(self.decoder.blocks[0](x, pack(counts, coords), context, context_packed))
-        features = context.unflatten(0, (n_images, -1))
-        registers, patches = features.split([self.config.n_registers, counts[0]], dim=1)
-        return predicted.unflatten(0, (n_images, -1)).mean(1), registers, patches.unflatten(1, grid)
+        global_vector = predicted.unflatten(0, (n_images, -1)).mean(1)
+        if wanted is None:
+            return global_vector, *self._registers_and_map(context, grid)
+        pairs = [self._registers_and_map(outputs[number], grid) for number in wanted]
+        return global_vector, [registers for registers, _ in pairs], [feature_map for _, feature_map in pairs]
+
+    def forward_features(
+        self, images: Shaped[Tensor, "images 3 height width"]
+    ) -> Float[Tensor, "images registers_and_patches dim"]:
+        """The encoder's tokens, as timm has them: `num_prefix_tokens` registers, then the patches, row by row."""
+        tokens, _, counts = self.encode(images)
+        return tokens.unflatten(0, (-1, counts[0]))
+
+    def _registers_and_map(
+        self, tokens: Float[Tensor, "tokens dim"], grid: tuple[int, int]
+    ) -> tuple[Float[Tensor, "images registers dim"], Float[Tensor, "images rows columns dim"]]:
+        n_registers, n_patches = self.config.n_registers, grid[0] * grid[1]
+        registers, patches = tokens.unflatten(0, (-1, n_registers + n_patches)).split([n_registers, n_patches], dim=1)
+        return registers, patches.unflatten(1, grid)
 
     def _grid(self, images: Tensor) -> tuple[int, int]:
         rows, columns = (side // self.config.patch_size for side in images.shape[-2:])
         if images.shape[-2:] != (rows * self.config.patch_size, columns * self.config.patch_size):
             raise ValueError(
-                f"image sides must be multiples of the patch size {self.config.patch_size}, got {tuple(images.shape)}"
+                f"image sides must be multiples of the patch size {self.config.patch_size}, got {tuple(images.shape)}; "
+                "with resize= they are made so"
             )
         return rows, columns
 
@@ -233,13 +270,6 @@ def _interleaved(
     low, high = coords[some].aminmax(dim=1, keepdim=True)
     coords = torch.cat([(low + edge * (high - low)).flatten(0, 1), coords]).index_select(0, tokens)
     return TakeRows.apply(torch.cat([registers.flatten(0, 1), x]), tokens, place), coords
-
-
-def _channels(values: tuple[float, ...], like: Tensor) -> Float[Tensor, "3 1"]:
-    # Made on the device: torch.tensor would copy from memory that is not pinned, and wait for the GPU.
-    channel = torch.arange(3, device=like.device).unsqueeze(1)
-    first, second, third = values
-    return torch.where(channel == 0, first, torch.where(channel == 1, second, third))
 
 
 class WeightNormLinear(nn.Module):

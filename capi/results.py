@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from capi.checkpoint import save_encoder, write_atomically
+from capi.checkpoint import save_encoder, save_heads, write_atomically
 from capi.data import evaluation_images
 from capi.evaluate import evaluate_synthetic, format_table
 from capi.model import CAPI
@@ -39,15 +39,18 @@ class Results:
             The files written.
 
         Raises:
-            OSError: the encoder could not be written.
+            OSError: the encoder or the heads could not be written.
         """
         config, encoder = self._trainer.config, self._run_dir / "encoder.safetensors"
+        heads = self._run_dir / "heads.safetensors"
         save_encoder(encoder, self._trainer.model.student_ema, config.model)
+        save_heads(heads, self._trainer.model)
         if not config.run.evaluate:
-            return [encoder]
+            return [encoder, heads]
         patience = _PATIENCE_AT_THE_END if at_the_end else _PATIENCE
         return [
             encoder,
+            heads,
             *self._draw("curves.png", lambda png: plot_curves([self._run_dir], png)),
             *self._draw("features.png", lambda png: self._plot_features(png, patience)),
         ]
