@@ -1,4 +1,6 @@
-"""Predictions by nearest neighbours."""
+"""Predictions by the nearest neighbours: exact, some queries and some of the bank at a time, on the bank's device."""
+
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -6,6 +8,43 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from capi.evaluate.scores import classes_of
+
+Distance = Literal["cosine", "L2"]
+
+_QUERIES, _BANK = 1024, 2**18
+"""Whose similarities are in memory at a time: 1 GiB."""
+
+
+def nearest(
+    bank: Float[Tensor, "bank dim"],
+    queries: Float[Tensor, "queries dim"],
+    k: int,
+    distance: Distance = "cosine",
+) -> tuple[Float[Tensor, "queries k"], Int[Tensor, "queries k"]]:
+    """Similarity and place of the min(k, bank) nearest of the bank, the nearest first.
+
+    Similar is b.q / (|b| |q|) or, for L2, b.q - |b|^2 / 2, which falls as the distance grows.
+    """
+    if distance == "cosine":
+        bank, queries = F.normalize(bank, dim=-1), F.normalize(queries, dim=-1)
+    similarities, places = [], []
+    for chunk in queries.to(bank.device).split(_QUERIES):
+        best: tuple[Tensor, ...] = ()
+        for start in range(0, len(bank), _BANK):
+            part = bank[start : start + _BANK]
+            similar = chunk @ part.T
+            if distance == "L2":
+                similar -= part.square().sum(-1) / 2
+            found, place = similar.topk(min(k, len(part)), dim=-1)
+            place = place + start
+            if best:
+                found, place = torch.cat([best[0], found], dim=1), torch.cat([best[1], place], dim=1)
+                found, order = found.topk(min(k, found.shape[1]), dim=-1)
+                place = place.gather(1, order)
+            best = found, place
+        similarities.append(best[0])
+        places.append(best[1])
+    return torch.cat(similarities), torch.cat(places)
 
 
 def knn_predict(
@@ -29,12 +68,11 @@ def knn_predict(
         raise ValueError(f"k must be at least 1, got {k}")
     if not labelled.any():
         raise ValueError(f"the bank must hold at least one labelled item, got none of {len(labels)}")
-    bank, labels = F.normalize(bank[labelled], dim=-1), labels[labelled]
-    classes = torch.arange(n_classes, device=labels.device)
-    predictions = []
-    for chunk in F.normalize(queries, dim=-1).split(1024):
-        similarities, neighbours = (chunk @ bank.T).topk(min(k, len(bank)), dim=-1)
-        weights = ((similarities - 1) / temperature).exp()
-        votes = labels[neighbours][..., None] == classes
-        predictions.append((weights[..., None] * votes).sum(dim=1).argmax(dim=-1))
-    return torch.cat(predictions)
+    labels = labels[labelled]
+    similarities, neighbours = nearest(bank[labelled], queries, k)
+    # exp of what lies below the nearest one: of a similarity alone it would underflow at low temperatures.
+    weights = ((similarities - similarities[:, :1]) / temperature).exp()
+    votes = weights.new_zeros(len(weights), n_classes)
+    for weight, neighbour in zip(weights.T, neighbours.T, strict=True):
+        votes[torch.arange(len(votes), device=votes.device), labels[neighbour]] += weight
+    return votes.argmax(dim=-1)
