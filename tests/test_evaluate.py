@@ -23,6 +23,7 @@ from capi.evaluate import (
     patch_labels,
     synthetic,
 )
+from capi.evaluate.probes import Grid
 from capi.model import CAPI
 
 
@@ -185,6 +186,7 @@ def small(monkeypatch) -> Config:
     """A small evaluation of small images."""
     for name, value in {"BANK_IMAGES": 256, "QUERY_IMAGES": 128, "BANK_PATCHES": 1024, "QUERY_PATCHES": 512}.items():
         monkeypatch.setattr(synthetic, f"_{name}", value)
+    monkeypatch.setattr(synthetic, "_GRID", Grid((1e-1,), (0.0,), iterations=25))
     size = ["--data.image_size", "16", "--model.patch_size", "4", "--model.embed_dim", "16", "--model.num_heads", "1"]
     return load_config(["--config", "tiny", *size])
 
@@ -236,11 +238,11 @@ def test_held_out_scenes_are_no_training_scenes(small):
 
 
 def test_table_has_a_row_a_feature():
-    row = {"image_accuracy": 0.5, "patch_accuracy": 0.25, "patch_miou": 0.125}
+    row = {"image_accuracy": 0.5, "image_linear": 0.75, "patch_accuracy": 0.25, "patch_miou": 0.125}
     table = format_table({"trained": row, "raw pixels": dict.fromkeys(row, 1.0)}).splitlines()
     assert len(table) == 4
-    assert table[2] == "| trained | 0.500 | 0.250 | 0.125 |"
-    assert table[3] == "| raw pixels | 1.000 | 1.000 | 1.000 |"
+    assert table[2] == "| trained | 0.500 | 0.750 | 0.250 | 0.125 |"
+    assert table[3] == "| raw pixels | 1.000 | 1.000 | 1.000 | 1.000 |"
 
 
 @pytest.fixture

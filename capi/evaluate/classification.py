@@ -58,7 +58,7 @@ def classify(
             predicted = knn_predict(bank, y, queries, len(classes), k=k, temperature=temperature)
             chosen = {"k": k, "temperature": temperature}
         else:
-            predicted, chosen = _probed(name, of_train, of_test, y, len(truth), len(classes), grid, watch)
+            predicted, chosen = fit_and_predict(name, of_train, of_test, y, len(truth), len(classes), grid, watch)
         results.append({"probe": name, "features": kind, **chosen, **_scores(predicted, truth, classes)})
     return results
 
@@ -94,7 +94,7 @@ def _centres(batch: Batch, n_images: int, device: torch.device) -> Tensor:
     return batch(torch.arange(n_images, device=device), -1)
 
 
-def _probed(
+def fit_and_predict(
     name: str,
     of_train: Batch,
     of_test: Batch,
@@ -102,7 +102,7 @@ def _probed(
     n_test: int,
     n_classes: int,
     grid: Grid,
-    watch: Callable[[], None],
+    watch: Callable[[], None] = lambda: None,
 ) -> tuple[Int[Tensor, "test"], dict]:
     """What the best probe predicts; the best is the first of those that are right most often on the held-out tenth."""
     order = torch.from_numpy(np.random.default_rng(_SEED).permutation(len(y))).to(y.device)

@@ -1,6 +1,6 @@
-"""Frozen features under k nearest neighbours: image classification and patch segmentation of held-out scenes."""
+"""Frozen features under k-NN and a linear probe: image classification and patch segmentation of held-out scenes."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from capi.config import Config
 from capi.data.synthetic import TEXTURES, SyntheticScenes
+from capi.evaluate.classification import fit_and_predict
 from capi.evaluate.knn import knn_predict
+from capi.evaluate.probes import Grid
 from capi.evaluate.scores import accuracy, mean_iou, patch_labels
 from capi.model import normalize_images
 
@@ -20,6 +22,8 @@ RAW_PIXELS = "raw pixels"
 _BANK_SEED, _QUERY_SEED = 2**40, 2**40 + 1
 _BANK_IMAGES, _QUERY_IMAGES = 2048, 2048
 _BANK_PATCHES, _QUERY_PATCHES = 16384, 8192
+# Of the thousands of pixels of an image a probe of the authors' grid would take minutes.
+_GRID = Grid(learning_rates=(1e-3, 1e-2, 1e-1), weight_decays=(5e-4,), iterations=500)
 
 
 @torch.no_grad()
@@ -33,38 +37,53 @@ def extract_features(
     return torch.cat(global_reprs).float().cpu(), torch.cat(feature_maps).float().cpu()
 
 
-def evaluate_synthetic(config: Config, backbones: Mapping[str, nn.Module]) -> dict[str, dict[str, float]]:
-    """k-NN image accuracy, patch accuracy and patch mean IoU on held-out scenes, by backbone and for raw pixels.
+class HeldOutScenes:
+    """Scenes of the training resolution that no training has seen: a bank to learn from, and queries."""
 
-    Bank and queries are scenes of the training resolution that no training has seen. An image is represented by its
-    global representation (raw: by all its pixels), a patch by its feature (raw: by its pixels).
-    """
-    n_classes, patch_size = len(TEXTURES), config.model.patch_size
-    bank = _scenes(_BANK_IMAGES, config.data.image_size, _BANK_SEED)
-    queries = _scenes(_QUERY_IMAGES, config.data.image_size, _QUERY_SEED)
-    bank_patches, query_patches = (patch_labels(s[2], patch_size, n_classes).flatten() for s in (bank, queries))
-    generator = torch.Generator().manual_seed(0)
-    bank_chosen = torch.randperm(len(bank_patches), generator=generator)[:_BANK_PATCHES]
-    query_chosen = torch.randperm(len(query_patches), generator=generator)[:_QUERY_PATCHES]
-    bank_patches, query_patches = bank_patches[bank_chosen], query_patches[query_chosen]
+    def __init__(self, config: Config):
+        self._patch_size = config.model.patch_size
+        self._bank = _scenes(_BANK_IMAGES, config.data.image_size, _BANK_SEED)
+        self._queries = _scenes(_QUERY_IMAGES, config.data.image_size, _QUERY_SEED)
+        generator = torch.Generator().manual_seed(0)
+        self._patches = []
+        for scenes, n in (self._bank, _BANK_PATCHES), (self._queries, _QUERY_PATCHES):
+            labels = patch_labels(scenes[2], self._patch_size, len(TEXTURES)).flatten()
+            chosen = torch.randperm(len(labels), generator=generator)[:n]
+            self._patches.append((chosen, labels[chosen]))
 
-    results = {}
-    for name, backbone in {**backbones, RAW_PIXELS: None}.items():
-        features = [
-            _raw_features(images, patch_size) if backbone is None else extract_features(backbone, images)
-            for images in (bank[0], queries[0])
-        ]
-        (bank_images, bank_maps), (query_images, query_maps) = features
-        classes = knn_predict(bank_images, bank[1], query_images, n_classes)
+    def evaluate(self, backbone: nn.Module | None, watch: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """Accuracy of images by k-NN and by a linear probe, accuracy and mean IoU of patches by k-NN.
+
+        An image is represented by its global representation (without a backbone: by all its pixels), a patch by its
+        feature (its pixels). `watch` is called on the way and may raise.
+        """
+        n_classes, features = len(TEXTURES), []
+        for images, _, _ in (self._bank, self._queries):
+            watch()
+            raw = backbone is None
+            features.append(_raw_features(images, self._patch_size) if raw else extract_features(backbone, images))
+        (bank, bank_maps), (queries, query_maps) = features
+        (bank_chosen, bank_patches), (query_chosen, query_patches) = self._patches
+        y, truth = self._bank[1], self._queries[1]
+        watch()
+        by_neighbours = knn_predict(bank, y, queries, n_classes)
+        of_probe = (lambda indices, _: bank[indices], lambda indices, _: queries[indices])
+        by_probe, _ = fit_and_predict("linear", *of_probe, y, len(truth), n_classes, _GRID, watch)
         textures = knn_predict(
             bank_maps.flatten(0, 2)[bank_chosen], bank_patches, query_maps.flatten(0, 2)[query_chosen], n_classes
         )
-        results[name] = {
-            "image_accuracy": accuracy(classes, queries[1], n_classes),
+        return {
+            "image_accuracy": accuracy(by_neighbours, truth, n_classes),
+            "image_linear": accuracy(by_probe, truth, n_classes),
             "patch_accuracy": accuracy(textures, query_patches, n_classes),
             "patch_miou": mean_iou(textures, query_patches, n_classes),
         }
-    return results
+
+
+def evaluate_synthetic(config: Config, backbones: Mapping[str, nn.Module]) -> dict[str, dict[str, float]]:
+    """What `HeldOutScenes.evaluate` gives, by backbone and for raw pixels."""
+    scenes = HeldOutScenes(config)
+    return {name: scenes.evaluate(backbone) for name, backbone in {**backbones, RAW_PIXELS: None}.items()}
 
 
 def _scenes(
@@ -86,10 +105,10 @@ def _raw_features(
 def format_table(results: Mapping[str, Mapping[str, float]]) -> str:
     """A Markdown table, one row a feature."""
     lines = [
-        f"| features ({_QUERY_IMAGES} held-out scenes) | image k-NN | patch k-NN | patch mIoU |",
-        "| --- | ---: | ---: | ---: |",
+        f"| features ({_QUERY_IMAGES} held-out scenes) | image k-NN | image linear | patch k-NN | patch mIoU |",
+        "| --- | ---: | ---: | ---: | ---: |",
     ]
     for name, result in results.items():
-        image, patch, miou = (result[key] for key in ("image_accuracy", "patch_accuracy", "patch_miou"))
-        lines.append(f"| {name} | {image:.3f} | {patch:.3f} | {miou:.3f} |")
+        scores = (f"{result[key]:.3f}" for key in ("image_accuracy", "image_linear", "patch_accuracy", "patch_miou"))
+        lines.append(f"| {name} | {' | '.join(scores)} |")
     return "\n".join(lines)
