@@ -15,7 +15,7 @@ from torch import Tensor
 from capi.evaluate.features import Features
 from capi.evaluate.intervals import bootstrap_interval
 from capi.evaluate.knn import knn_predict
-from capi.evaluate.probes import Batch, Grid, predict, train_probes
+from capi.evaluate.probes import Batch, Grid, predict, train_probes, validate
 
 PROBES = ("knn", "linear", "attentive")
 _VALIDATION = 0.1
@@ -104,20 +104,19 @@ def fit_and_predict(
     grid: Grid,
     watch: Callable[[], None] = lambda: None,
 ) -> tuple[Int[Tensor, "test"], dict]:
-    """What the best probe predicts; the best is the first of those that are right most often on the held-out tenth."""
+    """What the best probe predicts: right most often on the held-out tenth and, of several, with the least loss."""
     order = torch.from_numpy(np.random.default_rng(_SEED).permutation(len(y))).to(y.device)
     n_kept = min(round((1 - _VALIDATION) * len(y)), len(y) - 1)
     if n_kept < 1:
         raise ValueError(f"a probe needs at least two training images, got {len(y)}")
     kept, held_out = order[:n_kept], order[n_kept:]
     trained = train_probes(name, lambda i, epoch: of_train(kept[i], epoch), y[kept], n_classes, grid, watch)
-    guesses = predict(name, trained, lambda i, _: of_train(held_out[i], -1), len(held_out))
-    right = (guesses == y[held_out]).double().mean(1)
-    best = int(right.argmax())
+    right, loss = validate(name, trained, lambda i, epoch: of_train(held_out[i], epoch), y[held_out])
+    best = int(torch.where(right == right.max(), loss, torch.inf).argmin())
     trained = {key: tensor[best : best + 1] for key, tensor in trained.items()}
     rate, decay = grid.pairs()[best]
     chosen = {"learning_rate": rate, "weight_decay": decay, "validation_accuracy": float(right[best])}
-    return predict(name, trained, lambda i, _: of_test(i, -1), n_test)[0], chosen
+    return predict(name, trained, of_test, n_test)[0], chosen
 
 
 def _scores(predicted: Int[Tensor, "test"], truth: Int[Tensor, "test"], classes: Sequence[str]) -> dict:

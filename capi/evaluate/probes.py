@@ -21,7 +21,7 @@ _HEAD_DIM = 64
 
 Parameters = dict[str, Tensor]
 Batch = Callable[[Int[Tensor, "batch"], int], Float[Tensor, "batch *tokens dim"]]
-"""Features of images, by their places and the number of the epoch."""
+"""Features of images, by their places and the number of the epoch, or -1 where nothing is trained."""
 
 
 @dataclass(frozen=True)
@@ -165,8 +165,26 @@ class _AdamW:
 
 
 @torch.no_grad()
+def all_logits(
+    kind: str, parameters: Parameters, batch: Batch, n_images: int
+) -> Iterator[Float[Tensor, "probes images classes"]]:
+    """Of each probe for the images, in their order, some at a time."""
+    for chunk in torch.arange(n_images, device=parameters["weight"].device).split(256):
+        yield KINDS[kind][1](parameters, batch(chunk, -1))
+
+
 def predict(kind: str, parameters: Parameters, batch: Batch, n_images: int) -> Int[Tensor, "probes images"]:
-    """The class that each probe finds likeliest for each of the images, some at a time."""
-    device = parameters["weight"].device
-    chunks = torch.arange(n_images, device=device).split(256)
-    return torch.cat([KINDS[kind][1](parameters, batch(chunk, 0)).argmax(-1) for chunk in chunks], dim=1)
+    """The class that each probe finds likeliest for each of the images."""
+    return torch.cat([logits.argmax(-1) for logits in all_logits(kind, parameters, batch, n_images)], dim=1)
+
+
+def validate(
+    kind: str, parameters: Parameters, batch: Batch, labels: Int[Tensor, "images"]
+) -> tuple[Float[Tensor, "probes"], Float[Tensor, "probes"]]:
+    """Accuracy and mean cross-entropy of each probe."""
+    right, loss = [], []
+    chunks = all_logits(kind, parameters, batch, len(labels))
+    for logits, truth in zip(chunks, labels.split(256), strict=True):
+        right.append(logits.argmax(-1) == truth)
+        loss.append(F.cross_entropy(logits.transpose(1, 2), truth.expand(len(logits), -1), reduction="none"))
+    return torch.cat(right, dim=1).double().mean(1), torch.cat(loss, dim=1).double().mean(1)
