@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from capi.evaluate import knn, probes
+from capi.evaluate import classification, knn, probes
+from capi.evaluate.features import Features
 from capi.evaluate.intervals import bootstrap_interval
 from capi.evaluate.knn import knn_predict, nearest
 from capi.evaluate.logistic import fit_logistic
@@ -176,3 +177,38 @@ def test_the_interval_is_that_of_a_mean():
     assert low == pytest.approx(0.25 - spread, abs=0.008)
     assert high == pytest.approx(0.25 + spread, abs=0.008)
     assert bootstrap_interval(counts, lambda sums: sums[0] / sums[1]) == (low, high)
+
+
+def test_probes_see_crop_after_crop_and_the_middle_where_nothing_is_trained():
+    vectors = torch.arange(12.0).view(4, 3, 1)  # Of four images the middle and two crops.
+    features = Features(vectors, 100 + vectors, None, ["a"] * 4, 0)
+    batch = classification._batches(features, "global", torch.device("cpu"))
+    images = torch.tensor([3, 0])
+    assert [batch(images, epoch).flatten().tolist() for epoch in range(3)] == [[10, 1], [11, 2], [10, 1]]
+    assert batch(images, -1).flatten().tolist() == [9, 0]
+    both = classification._batches(features, "global + patch mean", torch.device("cpu"))
+    assert both(images, 0).tolist() == [[10, 110], [1, 101]]
+    alone = Features(vectors[:, :1], vectors[:, :1], None, ["a"] * 4, 0)
+    assert classification._batches(alone, "global", torch.device("cpu"))(images, 5).flatten().tolist() == [9, 0]
+
+
+def test_a_probe_is_chosen_by_images_that_no_probe_is_trained_on(monkeypatch):
+    """Of its rightness on them and, of those that are right as often, of their loss."""
+    seen, asked = [], []
+    monkeypatch.setattr(classification, "train_probes", lambda name, batch, y, *_: seen.append((batch, y)) or {})
+    monkeypatch.setattr(
+        classification,
+        "validate",
+        lambda name, _, batch, y: (
+            asked.append((batch, y)) or (torch.tensor([0.5, 0.9, 0.9]), torch.tensor([1, 3, 2.0]))
+        ),
+    )
+    monkeypatch.setattr(classification, "predict", lambda *_: torch.zeros(1, 5))
+    y = torch.arange(30)
+    grid = Grid((1.0, 2.0, 3.0), (0.5,))
+    _, chosen = classification.fit_and_predict("linear", lambda i, _: i, lambda i, _: i, y, 5, 30, grid)
+    assert chosen == {"learning_rate": 3.0, "weight_decay": 0.5, "validation_accuracy": pytest.approx(0.9)}
+    (trained, of_trained), (held_out, of_held_out) = seen[0], asked[0]
+    order = np.random.default_rng(42).permutation(30)  # As the authors split.
+    assert of_trained.tolist() == trained(torch.arange(27), 0).tolist() == order[:27].tolist()
+    assert of_held_out.tolist() == held_out(torch.arange(3), -1).tolist() == order[27:].tolist()
