@@ -30,13 +30,15 @@ With them: classification or segmentation of labelled images.
 _EPILOG = """
 The defaults are the official evaluation: linear and attentive probes of 10 learning rates and 3 weight decays, 12500
 steps of 128 images, chosen on a tenth of the training set; segmentation by k-NN (1, 3, 10 or 30 neighbours, cosine or
-L2) and logistic regression (8 values of C) on standardised patch features. They differ in that features are computed
-once: probes see at most --crops random crops of an image in turn, not a fresh one every time; one process trains
-them, whose learning rates are those of batches of 128; of probes that are right as often the one of the least loss is
-taken, not the first; features of patches are kept in half precision; the tenth of a
-segmentation is the same every time, and its pixels without a label neither vote nor count as a class; C is fitted by
-PyTorch's L-BFGS, from the smaller C on. Their k-NN is of patches; that of images is the weighted vote of 10 neighbours
-at temperature 0.07.
+L2) and logistic regression (8 values of C) on standardised features of patches. They differ in this:
+- features are computed once: probes see at most --crops random crops of an image in turn, not a fresh one every time,
+  and features of patches are kept in half precision;
+- one process trains the probes, whose learning rates are those of its batches; of probes that are right as often on
+  the tenth the one of the least loss is taken, not the first;
+- of a segmentation the tenth is the same every time, pixels without a label neither vote nor count as a class, and C
+  is fitted by PyTorch's L-BFGS, from the smaller C on;
+- the official k-NN is of patches alone; that of images is the weighted vote of 10 neighbours at temperature 0.07.
+Features are found again by the weights of the encoder and by names and sizes of the files of images.
 """
 
 

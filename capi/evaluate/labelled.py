@@ -3,7 +3,7 @@
 import io
 import os
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -177,7 +177,7 @@ class LabelledHub:
     def __init__(
         self, name: str, part: Part, split: str | None, image_key: str, label_key: str, ignored: Sequence[int]
     ):
-        self.source = f"hf:{name}"
+        self.source, self._name = f"hf:{name}", name
         try:
             import datasets
         except ImportError as error:
@@ -199,34 +199,28 @@ class LabelledHub:
             raise
         except Exception as error:  # whatever a foreign data set raises
             raise SourceError(f"{self.source} cannot be loaded: {reason(error)}") from error
-        is_image = {column: isinstance(feature, datasets.Image) for column, feature in features.items()}
-        self._image = self._column(
-            "image_key",
-            image_key,
-            [column for column in ("image", "img", "jpg", *is_image) if is_image.get(column)],
-            features,
-        )
-        candidates = [*_LABEL_COLUMNS, *(c for c, kind in features.items() if isinstance(kind, datasets.ClassLabel))]
-        candidates = [column for column in candidates if column in features and column != self._image]
-        self._label = self._column("label_key", label_key, candidates, features)
-        columns = [self._image, self._label]
-        self._rows = self._rows.select_columns(columns)
-        for column in columns:
-            if is_image[column]:
-                self._rows = self._rows.cast_column(column, datasets.Image(decode=False))
+        pictures = [column for column, kind in features.items() if isinstance(kind, datasets.Image)]
+        classes = [column for column, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+        self._image = self._column("image_key", image_key, ["image", *pictures], features)
+        others = [column for column in (*_LABEL_COLUMNS, *classes) if column != self._image]
+        self._label = self._column("label_key", label_key, others, features)
+        self.masks = Masks(ignored) if self._label in pictures else None
+        self._rows = self._rows.select_columns([self._image, self._label])
+        for column in (self._image, self._label) if self.masks else (self._image,):
+            self._rows = self._rows.cast_column(column, datasets.Image(decode=False))
         self._names = getattr(features[self._label], "names", None)
-        self.masks = Masks(ignored) if is_image[self._label] else None
+        self.source = f"hf:{name}, split {self.split}"
 
-    def _column(self, option: str, key: str, candidates: Sequence[str], features: dict) -> str:
-        chosen = key if key != "auto" else next(iter(candidates), None)
-        if chosen not in features:
-            raise SourceError(f"{self.source}: expected --{option} to name one of the columns {list(features)}")
-        return chosen
+    def _column(self, option: str, key: str, candidates: Sequence[str], features: Mapping) -> str:
+        for column in candidates if key == "auto" else (key,):
+            if column in features:
+                return column
+        raise SourceError(f"{self.source}: expected --{option} to name one of the columns {list(features)}, got {key}")
 
     @cached_property
     def fingerprint(self) -> str:
-        shards = HubShards(self.source.removeprefix("hf:"), self.split, self._image)
-        return f"{shards.fingerprint or self.source}; {self.split}, {self._image}, {self._label}"
+        shards = HubShards(self._name, self.split, self._image)
+        return f"{shards.fingerprint or self.source}; {self._image}, {self._label}"
 
     def items(self) -> Iterator[Item]:
         for index, row in enumerate(self._rows):
@@ -237,7 +231,7 @@ class LabelledHub:
                 label = None if label is None or label < 0 else self._names[label]
             elif label is not None:
                 label = str(label)
-            yield Item(f"{self.source} {self.split} row {index}", partial(_stored_bytes, row[self._image]), label)
+            yield Item(f"{self.source}, row {index}", partial(_stored_bytes, row[self._image]), label)
 
 
 def _stored_bytes(image: dict | None) -> bytes:
