@@ -52,9 +52,18 @@ def _curves(lines: list[dict[str, int | float | None]]) -> Figure:
         if points:
             axes.plot(*zip(*points, strict=True), label=label, **style)
 
-    figure = Figure(figsize=(12, 6.4), layout="constrained")
+    scores = sorted({key for line in lines for key in line if key.startswith("eval_")})
+    figure = Figure(figsize=(12, 9.6 if scores else 6.4), layout="constrained")
     FigureCanvasAgg(figure)
-    losses, entropy, information, rates, momentum, speed = figure.subplots(2, 3, sharex=True).flat
+    upper, lower = figure.subfigures(2, 1, height_ratios=(2, 1)) if scores else (figure, None)
+    losses, entropy, information, rates, momentum, speed = upper.subplots(2, 3, sharex=True).flat
+    if lower is not None:
+        axes = lower.subplots()
+        axes.set_title("scores of the moving average (run.evaluate_every)")
+        for key in scores:
+            draw(axes, key, key.removeprefix("eval_").replace("_", " "), marker="o")
+        axes.set_xlabel("step")
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     losses.set_title("losses (nats)")
     draw(losses, "loss", "student")
     draw(losses, "clustering_loss", "clustering")

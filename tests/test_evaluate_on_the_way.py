@@ -1,5 +1,6 @@
 """Evaluations within a run: what they write, and what they must leave alone."""
 
+import json
 import os
 import signal
 import socket
@@ -22,6 +23,7 @@ from capi.evaluate import evaluate_labelled, on_the_way, synthetic
 from capi.evaluate.labelled import open_labelled
 from capi.evaluate.probes import Grid
 from capi.train import main
+from capi.visualize import plot_curves
 
 
 @pytest.fixture
@@ -149,12 +151,24 @@ def test_its_time_is_not_the_steps(tmp_path, monkeypatch):
     assert line["images_per_second"] > 3 * 8 / 1.0
 
 
+def test_scores_are_drawn_beside_the_other_curves(tmp_path):
+    lines = [{"step": step, "loss": 1.0} for step in range(4)]
+    for name, more in (("without", []), ("with", [{"step": step, "eval_knn_global": 0.5} for step in (1, 3)])):
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines + more))
+        plot_curves(tmp_path / name, tmp_path / f"{name}.png")
+    heights = []
+    for name in ("without", "with"):
+        with Image.open(tmp_path / f"{name}.png") as png:
+            heights.append(png.height)
+    assert heights[1] > heights[0]
+
+
 def of_two_ranks(rank: int, arguments: list[str], port: int) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     os.environ["MASTER_PORT"] = str(port)
     # Rank 0 takes its time, and the other waits.
-    on_the_way.Evaluator._scores = lambda *_: time.sleep(0.5) or {"eval_rank": float(rank)}
+    on_the_way.Evaluator._scores = lambda *_: time.sleep(0.2) or {"eval_rank": float(rank)}
     assert main(arguments) == 0
 
 
