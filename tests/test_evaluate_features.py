@@ -169,13 +169,16 @@ def test_nothing_stays_of_features_that_were_broken_off(folder, tmp_path, error,
     assert list(cache.iterdir()) == []
 
 
-def test_unreadable_images_are_left_out_and_counted(folder, caplog):
+@pytest.mark.parametrize("batch", [1, 128])
+def test_unreadable_images_are_left_out_and_counted(folder, tmp_path, batch, caplog, monkeypatch):
+    monkeypatch.setattr(features, "_BATCH", batch)
     (folder / "cat" / "9.jpg").write_bytes(b"no image")
     (folder / "owl" / "8.png").write_bytes(encoded(gradient(40, 40))[:100])
     source = open_labelled(f"folder:{folder}", "train")
     found = extract_labelled(Pixels(), source, wanted())
     assert found.labels == ["cat", "cat", "dog", "owl"]
     assert found.unreadable == 2
+    assert cached(Pixels(), folder, tmp_path / "cache").unreadable == 2
     assert f"left out {folder / 'cat' / '9.jpg'}: UnidentifiedImageError" in caplog.text
     for path in folder.rglob("*.*"):
         path.write_bytes(b"no image")

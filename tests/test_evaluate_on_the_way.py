@@ -152,7 +152,8 @@ def test_its_time_is_not_the_steps(tmp_path, monkeypatch):
 
 
 def test_scores_are_drawn_beside_the_other_curves(tmp_path):
-    lines = [{"step": step, "loss": 1.0} for step in range(4)]
+    keys = ("loss", "target_entropy", "positional_mi", "lr")
+    lines = [{"step": step, **dict.fromkeys(keys, 1.0)} for step in range(4)]
     for name, more in (("without", []), ("with", [{"step": step, "eval_knn_global": 0.5} for step in (1, 3)])):
         (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines + more))
         plot_curves(tmp_path / name, tmp_path / f"{name}.png")

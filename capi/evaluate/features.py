@@ -93,15 +93,16 @@ def cached_features(
     if features is not None and (features.patches is not None or not wanted.patches):
         logger.info("%s: features of %d images are there already, in %s", source.source, len(features), entry)
         return features
+    faults = []
     with _new_entry(entry) as folder:
-        _write(folder, _batches(encoder, source, wanted), wanted.patches)
+        _write(folder, _batches(encoder, source, wanted, faults), wanted.patches, faults)
     return _load(entry)
 
 
 def extract_labelled(
     encoder: nn.Module, source: LabelledSource, wanted: Wanted, watch: Callable[[], None] = lambda: None
 ) -> Features:
-    """Features of labelled images in the order of their source; `watch` is called before every batch and may raise.
+    """Features of labelled images in the order of their source; `watch` is called after every batch and may raise.
 
     A view is normalised as in training. The centre of an image is what `Resize(size * 256 / 224)` and
     `CenterCrop(size)` leave, a crop what `RandomResizedCrop(size)` and a flip by chance, both drawn by the image's
@@ -110,8 +111,8 @@ def extract_labelled(
     Raises:
         SourceError: no image has a label, or none can be read.
     """
-    parts = []
-    for part in _batches(encoder, source, wanted):
+    parts, faults = [], []
+    for part in _batches(encoder, source, wanted, faults):
         watch()
         parts.append(part)
     if source.masks is None:
@@ -119,15 +120,14 @@ def extract_labelled(
     else:
         labels = torch.cat([part.labels for part in parts])
     patches = torch.cat([part.patches for part in parts]) if wanted.patches else None
-    global_reprs, patch_means = (
-        torch.cat([getattr(p, name) for p in parts]) for name in ("global_reprs", "patch_means")
-    )
-    return Features(global_reprs, patch_means, patches, labels, sum(part.unreadable for part in parts))
+    vectors = (torch.cat([getattr(part, name) for part in parts]) for name in ("global_reprs", "patch_means"))
+    return Features(*vectors, patches, labels, len(faults))
 
 
-def _batches(encoder: nn.Module, source: LabelledSource, wanted: Wanted) -> Iterator[Features]:
+def _batches(encoder: nn.Module, source: LabelledSource, wanted: Wanted, faults: list[str]) -> Iterator[Features]:
+    """Features of some images at a time; `faults` gets a line for each that cannot be read."""
     device = next(encoder.parameters()).device
-    n_views, n_images, faults, reported, unlabelled = 1 + wanted.crops, 0, [], 0, 0
+    n_views, n_images, unlabelled = 1 + wanted.crops, 0, 0
     prepared = _prepared(source, wanted)
     while batch := list(islice(prepared, max(1, _BATCH // n_views))):
         bad = [fault for fault in batch if isinstance(fault, str)]
@@ -149,8 +149,8 @@ def _batches(encoder: nn.Module, source: LabelledSource, wanted: Wanted) -> Iter
         labels = [label for _, label in good]
         if source.masks is not None:
             labels = torch.from_numpy(np.stack(labels))
-        yield Features(global_reprs, patch_means, kept, labels, len(faults) - reported)
-        n_images, reported = n_images + len(good), len(faults)
+        n_images += len(good)
+        yield Features(global_reprs, patch_means, kept, labels, unreadable=0)
     if len(faults) > _SHOWN_FAULTS:
         logger.warning("%s: left out %d images that cannot be read", source.source, len(faults))
     if unlabelled:
@@ -169,12 +169,8 @@ def _prepared(source: LabelledSource, wanted: Wanted) -> Iterator[Prepared | str
     total = len(source) if hasattr(source, "__len__") else None
     n_threads = min(16, os.cpu_count() or 1)
     pending: deque[Future] = deque()
-    with (
-        tqdm(
-            total=_taken(total, wanted.limit), desc=source.source, unit="image", disable=None, dynamic_ncols=True
-        ) as bar,
-        ThreadPoolExecutor(n_threads) as threads,
-    ):
+    shown = {"desc": source.source, "unit": "image", "disable": None, "dynamic_ncols": True, "leave": False}
+    with tqdm(total=_taken(total, wanted.limit), **shown) as bar, ThreadPoolExecutor(n_threads) as threads:
         try:
             for index, item in _chosen(source, total, wanted.limit):
                 pending.append(threads.submit(_prepare, source, wanted, index, item))
@@ -245,14 +241,13 @@ def _new_entry(entry: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write(folder: Path, batches: Iterator[Features], with_patches: bool) -> None:
+def _write(folder: Path, batches: Iterator[Features], with_patches: bool, faults: list[str]) -> None:
     """Appends batch after batch, so that no more than one lies in memory."""
-    names, unreadable, shapes = None, 0, {}
+    names, shapes = None, {}
     wanted = [name for name in _ARRAYS if with_patches or name != "patches"]
     files = {name: (folder / f"{name}.bin").open("wb") for name in wanted}
     try:
         for batch in batches:
-            unreadable += batch.unreadable
             if isinstance(batch.labels, list):
                 names = (names or []) + batch.labels
             for name, file in files.items():
@@ -264,7 +259,7 @@ def _write(folder: Path, batches: Iterator[Features], with_patches: bool) -> Non
     finally:
         for file in files.values():
             file.close()
-    meta = {"shapes": shapes, "names": names, "unreadable": unreadable}
+    meta = {"shapes": shapes, "names": names, "unreadable": len(faults)}
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
