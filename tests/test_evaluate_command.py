@@ -163,20 +163,22 @@ def test_scores_of_masks_are_those_of_all_labelled_pixels(encoder, halves, monke
 
 
 def test_neighbours_vote_pixel_by_pixel():
-    pixels = torch.tensor([[0, 1], [0, 2], [2, 2], [1, 1]], dtype=torch.int16)
-    bank = Patches(torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.8, 0.3], [-1.0, 0.0]]), pixels, torch.zeros(4))
-    queries = Patches(torch.tensor([[1.0, 0.0]]), pixels[:1], torch.zeros(1))
-    one, three, all_l2 = _knn(bank, queries, [(1, "cosine"), (3, "cosine"), (30, "L2")], 3, lambda: None)
+    pixels = torch.tensor([[0, 1], [0, 2], [2, 2], [1, -1]], dtype=torch.int16)
+    x, y = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.8, 0.3], [-1.0, 0.0]]), torch.tensor([0, 0, 2, 1])
+    bank, queries = Patches(x, pixels, y, y), Patches(x[:1], pixels[:1], y[:1], y[:1])
+    grid = [(1, "cosine"), (3, "cosine"), (30, "L2")]
+    one, three, everyone = _knn(bank, queries, grid, 3, lambda: None)
     assert one.tolist() == [[0, 1]]
     assert three.tolist() == [[0, 2]]
-    assert all_l2.tolist() == [[0, 1]]  # Of equally frequent classes the smallest.
+    # Of equally frequent classes the smallest; where a pixel has none, that of its patch.
+    assert everyone.tolist() == [[0, 1]]
 
 
-def test_patches_without_a_label_are_not_learned_from():
-    pixels = torch.tensor([[-1, -1, -1], [2, -1, 2], [0, 0, 1]], dtype=torch.int16)
-    patches = Patches(torch.eye(3), pixels, torch.tensor([-1, 2, 0])).labelled()
-    assert patches.x.tolist() == torch.eye(3)[1:].tolist()
-    assert patches.pixels.tolist() == [[2, 2, 2], [0, 0, 1]]
+def test_patches_are_taken_by_their_images():
+    image = torch.tensor([0, 0, 2, 3])  # None of image 1 has a label.
+    patches = Patches(torch.eye(4), torch.zeros(4, 1, dtype=torch.int16), torch.zeros(4), image)
+    assert patches.of_images(0, 2).x.tolist() == torch.eye(4)[:2].tolist()
+    assert patches.of_images(2, 4).image.tolist() == [2, 3]
 
 
 def test_several_encoders_stand_in_one_table(encoder, colours, tmp_path):

@@ -13,6 +13,7 @@ Distance = Literal["cosine", "L2"]
 
 _QUERIES, _BANK = 1024, 2**18
 """Whose similarities are in memory at a time: 1 GiB."""
+_EPS = 1e-12
 
 
 def nearest(
@@ -25,16 +26,18 @@ def nearest(
 
     Similar is b.q / (|b| |q|) or, for L2, b.q - |b|^2 / 2, which falls as the distance grows.
     """
+    # No copy of the bank, which may fill half of the memory.
+    lengths = torch.linalg.vector_norm(bank, dim=-1).clamp_min(_EPS)
     if distance == "cosine":
-        bank, queries = F.normalize(bank, dim=-1), F.normalize(queries, dim=-1)
+        queries = F.normalize(queries, dim=-1, eps=_EPS)
     similarities, places = [], []
     for chunk in queries.to(bank.device).split(_QUERIES):
         best: tuple[Tensor, ...] = ()
         for start in range(0, len(bank), _BANK):
             part = bank[start : start + _BANK]
+            length = lengths[start : start + _BANK]
             similar = chunk @ part.T
-            if distance == "L2":
-                similar -= part.square().sum(-1) / 2
+            similar = similar.div_(length) if distance == "cosine" else similar.sub_(length.square() / 2)
             found, place = similar.topk(min(k, len(part)), dim=-1)
             place = place + start
             if best:

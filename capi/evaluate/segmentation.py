@@ -33,18 +33,21 @@ _CHUNK = 1024
 
 @dataclass(frozen=True)
 class Patches:
-    """Standardised features of patches, and the classes of the pixels of each, -1 where there is none."""
+    """Patches with a label: those without one, that is without a labelled pixel, neither teach nor count."""
 
     x: Float[Tensor, "patches dim"]
+    """Features, standardised."""
     pixels: Int16[Tensor, "patches pixels"]
+    """Classes, -1 where there is none."""
     y: Int[Tensor, "patches"]
     """The most frequent class of the pixels."""
+    image: Int[Tensor, "patches"]
+    """Places of their images, ascending."""
 
-    def labelled(self) -> "Patches":
-        """Those with a class; their pixels without one get the patch's."""
-        has = self.y >= 0
-        x, pixels, y = self.x[has], self.pixels[has], self.y[has]
-        return Patches(x, torch.where(pixels < 0, y[:, None].to(pixels.dtype), pixels), y)
+    def of_images(self, start: int, stop: int) -> "Patches":
+        """Views of the patches of these images."""
+        begin, end = torch.searchsorted(self.image, torch.tensor([start, stop], device=self.image.device)).tolist()
+        return Patches(*(getattr(self, name)[begin:end] for name in ("x", "pixels", "y", "image")))
 
 
 def segment(
@@ -70,28 +73,28 @@ def segment(
     if len(torch.unique(train.labels[train.labels >= 0])) < 2:
         raise ValueError("the masks of the training set must have pixels of at least two classes")
     order = torch.from_numpy(np.random.default_rng(_SEED).permutation(len(train)))
-    n_held_out = max(1, int(_VALIDATION * len(train)))
-    held_out, kept = (part.sort().values for part in (order[:n_held_out], order[n_held_out:]))
+    n_fit = len(train) - max(1, int(_VALIDATION * len(train)))
+    mean, scale = _standard(train.patches[order[:n_fit], 0].flatten(0, 1).to(device))
 
     def patches(part: Features, images: Tensor) -> Patches:
         pixels = part.labels[images]
         y = patch_labels(pixels, patch_size, n_classes).flatten()
         pixels = rearrange(pixels, "b (h p) (w q) -> (b h w) (p q)", p=patch_size, q=patch_size)
-        x = part.patches[images, 0].flatten(0, 1).to(device).float()
-        return Patches((x - mean) / scale, pixels.to(device), y.to(device))
+        x = part.patches[images, 0].flatten(0, 1)
+        image = torch.arange(len(images)).repeat_interleave(len(x) // len(images))
+        pixels, y, x, image = (tensor[y >= 0].to(device) for tensor in (pixels, y, x, image))
+        return Patches(x.float().sub_(mean).div_(scale), pixels, y, image)
 
-    mean, scale = _standard(train.patches[kept, 0].flatten(0, 1).to(device))
-    to_fit, to_choose = patches(train, kept), patches(train, held_out)
-    everything = Patches(*(torch.cat([getattr(p, n) for p in (to_fit, to_choose)]) for n in ("x", "pixels", "y")))
-    queries = patches(test, torch.arange(len(test)))
+    everything, queries = patches(train, order), patches(test, torch.arange(len(test)))
+    to_fit, to_choose = everything.of_images(0, n_fit), everything.of_images(n_fit, len(train))
     results = []
     for probe in probes:
         watch()
         predict, grid = (_knn, KNN_GRID) if probe == "knn" else (_logistic, INVERSE_PENALTIES)
-        guesses = predict(to_fit.labelled(), to_choose, grid, n_classes, watch)
-        scores = [_mean_iou(_counts(guess, to_choose, n_held_out, n_classes).sum(0)) for guess in guesses]
+        guesses = predict(to_fit, to_choose, grid, n_classes, watch)
+        scores = [_mean_iou(_counts(guess, to_choose, len(train), n_classes).sum(0)) for guess in guesses]
         best = int(np.argmax(scores))
-        (predicted,) = predict(everything.labelled(), queries, grid[best : best + 1], n_classes, watch)
+        (predicted,) = predict(everything, queries, grid[best : best + 1], n_classes, watch)
         chosen = dict(zip(("k", "distance"), grid[best], strict=True)) if probe == "knn" else {"C": grid[best]}
         counts = _counts(predicted, queries, len(test), n_classes)
         found = {**chosen, "validation_mean_iou": scores[best], **_scores(counts, names)}
@@ -120,7 +123,9 @@ def _knn(
         for neighbours in found[distance][:, :k].split(max(1, 2**24 // (n_classes * bank.pixels.shape[1]))):
             votes = bank.x.new_zeros(len(neighbours), n_classes, bank.pixels.shape[1], dtype=torch.int32)
             for neighbour in neighbours.T:
-                classes = bank.pixels[neighbour][:, None].long()
+                classes = bank.pixels[neighbour]
+                # For pixels without a class the patch's own stands in.
+                classes = torch.where(classes < 0, bank.y[neighbour, None], classes.long())[:, None]
                 votes.scatter_add_(1, classes, torch.ones_like(classes, dtype=torch.int32))
             parts.append(votes.argmax(1).to(bank.pixels.dtype))
         guesses.append(torch.cat(parts))
@@ -144,11 +149,14 @@ def _counts(
     predicted: Int16[Tensor, "patches pixels"], patches: Patches, n_images: int, n_classes: int
 ) -> Int[ndarray, "images 3*classes"]:
     """Of the labelled pixels of every image: how many of each class are found, predicted and true."""
-    counts = []
-    for guess, truth in zip(predicted.chunk(n_images), patches.pixels.chunk(n_images), strict=True):
-        guess, truth = (x[truth >= 0].long() for x in (guess, truth))
-        counts.append(torch.cat([x.bincount(minlength=n_classes) for x in (truth[guess == truth], guess, truth)]))
-    return torch.stack(counts).cpu().numpy()
+    labelled = patches.pixels >= 0
+    truth, guess = (x[labelled].long() for x in (patches.pixels, predicted))
+    first = n_classes * patches.image[:, None].expand_as(labelled)[labelled]
+    found = guess == truth
+    counts = [
+        x.bincount(minlength=n_images * n_classes) for x in ((first + truth)[found], first + guess, first + truth)
+    ]
+    return torch.stack([x.view(n_images, n_classes) for x in counts], dim=1).flatten(1).cpu().numpy()
 
 
 def _iou(sums: ndarray) -> Float[ndarray, "classes"]:
