@@ -188,6 +188,14 @@ class RunConfig:
     """Seconds that a stop signal waits for the end of the step; then the run leaves with the last whole one saved."""
     evaluate: bool = True
     """Draw pictures at every checkpoint, and finish with k-NN evaluations (on the held-out synthetic scenes)."""
+    evaluate_every: int = 0
+    """Steps between two evaluations of the moving average by k-NN and linear probes, and one at the end; 0: none. Rank
+    0 evaluates for four minutes at most, and the other ranks wait."""
+    evaluate_train: str | None = None
+    """Labelled images that these learn from, as `python -m capi.evaluate --train` takes them (10000 of them, with masks
+    500); the synthetic source needs none."""
+    evaluate_test: str | None = None
+    """Labelled images that they predict."""
 
 
 @dataclass
@@ -370,7 +378,7 @@ def check_config(config: Config, world_size: int = 1) -> None:
     for name in ("log_every", "checkpoint_every", "keep_checkpoints", "max_nan_steps"):
         if getattr(config.run, name) < 1:
             raise ValueError(f"run.{name} must be at least 1, got {getattr(config.run, name)}")
-    for name in ("profile", "stop_timeout"):
+    for name in ("profile", "stop_timeout", "evaluate_every"):
         if not getattr(config.run, name) >= 0:
             raise ValueError(f"run.{name} must not be negative, got {getattr(config.run, name)}")
     for name in ("target_temperature", "prediction_temperature", "student_temperature"):
@@ -395,6 +403,10 @@ def check_config(config: Config, world_size: int = 1) -> None:
             )
     if not data.source:
         raise ValueError("data.source must name the images (folder:PATH, hf:NAME, wds:PATTERN or synthetic), got none")
+    labelled = [name for name in ("evaluate_train", "evaluate_test") if getattr(config.run, name)]
+    if len(labelled) == 1 or (config.run.evaluate_every and not labelled and data.source != "synthetic"):
+        got = f"run.{labelled[0]} alone" if labelled else "neither"
+        raise ValueError(f"run.evaluate_every needs both run.evaluate_train and run.evaluate_test, got {got}")
 
 
 def _check_finite(values: Mapping, prefix: str) -> None:

@@ -63,6 +63,16 @@ def test_several_runs_lie_over_each_other_in_colours_that_are_named(tmp_path):
     assert {line.get_linestyle() for line in losses[3:]} == {"--"}
 
 
+def test_scores_of_evaluations_have_a_panel(tmp_path):
+    runs = [write_run(tmp_path / name, eval_knn_global=[None, 0.4, 0.5], eval_linear=[None, 0.6, 0.7]) for name in "ab"]
+    titles = [axes.get_title() for axes in curves_of(write_run(tmp_path / "without")).axes]
+    assert not any("scores" in title for title in titles)
+    (scores,) = (axes for axes in curves_of(*runs).axes if axes.get_title() == "scores (run.evaluate_every)")
+    assert [list(line.get_ydata()) for line in scores.get_lines()] == [[0.4, 0.5]] * 2 + [[0.6, 0.7]] * 2
+    assert [text.get_text() for text in scores.get_legend().get_texts()] == ["knn global", "linear"]
+    assert [line.get_linestyle() for line in scores.get_lines()] == ["-", "-", "--", "--"]
+
+
 def test_more_runs_than_the_palette_has_colours_still_differ(tmp_path):
     losses = curves_of(*(write_run(tmp_path / f"{i:02d}") for i in range(13))).axes[0].get_lines()[:13]
     assert len({tuple(line.get_color()) for line in losses}) == 13

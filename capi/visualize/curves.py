@@ -33,6 +33,7 @@ _PANELS = (
     ("images per second", {"images_per_second": "images/s"}, True),
 )
 _COLUMNS = 4
+_STROKES = ("-", "--", ":", "-.")  # Of a panel's metrics where colours are the runs'.
 
 Lines = list[dict[str, int | float | None]]
 
@@ -84,7 +85,10 @@ def _curves(runs: dict[str, Lines]) -> Figure:
     def points(lines: Lines, key: str) -> list[tuple[int, float]]:
         return [(line["step"], line[key]) for line in lines if isinstance(line.get(key), int | float)]
 
-    panels = [panel for panel in _PANELS if any(points(lines, next(iter(panel[1]))) for lines in runs.values())]
+    scores = sorted({key for lines in runs.values() for line in lines for key in line if key.startswith("eval_")})
+    evaluation = ("scores (run.evaluate_every)", {key: key[5:].replace("_", " ") for key in scores}, False)
+    every = (*_PANELS, evaluation) if scores else _PANELS
+    panels = [panel for panel in every if any(points(lines, next(iter(panel[1]))) for lines in runs.values())]
     rows = max(1, -(-len(panels) // _COLUMNS))
     figure = Figure(figsize=(3.9 * _COLUMNS, 3.1 * rows + 0.3), layout="constrained")
     FigureCanvasAgg(figure)
@@ -96,7 +100,7 @@ def _curves(runs: dict[str, Lines]) -> Figure:
         axes.set_title(title)
         axes.set_xlabel("step")
         for i, (key, label) in enumerate(series.items()):
-            style = {"linestyle": "--" if i and (several or "floor" in key) else "-"}
+            style = {"linestyle": _STROKES[i % len(_STROKES) if several else "floor" in key]}
             for name, lines in runs.items():
                 if several:
                     style["color"] = of_run[name]
@@ -111,7 +115,7 @@ def _curves(runs: dict[str, Lines]) -> Figure:
         if several and len(series) > 1:
             axes.legend(
                 handles=[
-                    Line2D([], [], color="0.3", linestyle="--" if i else "-", label=label)
+                    Line2D([], [], color="0.3", linestyle=_STROKES[i % len(_STROKES)], label=label)
                     for i, label in enumerate(series.values())
                 ]
             )
