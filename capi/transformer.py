@@ -243,7 +243,7 @@ class Residual(nn.Module):
         self,
         x: Float[Tensor, "tokens dim"],
         subset: Subset | None,
-        *arguments: Tensor | Packed | bool,
+        *arguments: Tensor | Packed | None,
         in_place: bool = False,
     ) -> Float[Tensor, "tokens dim"]:
         if in_place:
