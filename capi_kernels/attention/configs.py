@@ -45,7 +45,10 @@ def short_forward(
         return None
     if max_seqlen_q <= FEW and max_seqlen_k <= 128:
         # Eight warps: with four, an H100 has taken kernels of this kind (Triton 3.6.0) to wrong results.
-        return Config(FEW, 64 if max_seqlen_k <= 64 else 128, 8, keys_first=True)
+        if max_seqlen_k > 64:
+            return Config(FEW, 128, 8, keys_first=True)
+        # A limit keeps the assembler of Triton 3.8 from one of its own, 48, which would spill.
+        return Config(FEW, 64, 8, max_registers=64 if head_dim == 32 and capability < 90 else None, keys_first=True)
     if max_seqlen_k <= 64:
         return Config(64, 64, 8 if wide else 4)
     if wide:
