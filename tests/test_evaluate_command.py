@@ -177,7 +177,7 @@ def test_neighbours_vote_pixel_by_pixel():
 
 def test_patches_are_taken_by_their_images():
     image = torch.tensor([0, 0, 2, 3])  # None of image 1 has a label.
-    patches = Patches(torch.eye(4), torch.zeros(4, 1, dtype=torch.int16), torch.zeros(4), image)
+    patches = Patches(torch.eye(4), torch.zeros(4, 1, dtype=torch.int16), torch.zeros(4, dtype=torch.int64), image)
     assert patches.of_images(0, 2).x.tolist() == torch.eye(4)[:2].tolist()
     assert patches.of_images(2, 4).image.tolist() == [2, 3]
 

@@ -198,7 +198,7 @@ def test_a_probe_is_chosen_by_images_that_no_probe_is_trained_on(monkeypatch):
     found = torch.tensor([0.5, 0.9, 0.9]), torch.tensor([1, 3, 2.0])
     monkeypatch.setattr(classification, "train_probes", lambda name, batch, y, *_: seen.append((batch, y)) or {})
     monkeypatch.setattr(classification, "validate", lambda name, _, batch, y: asked.append((batch, y)) or found)
-    monkeypatch.setattr(classification, "predict", lambda *_: torch.zeros(1, 5))
+    monkeypatch.setattr(classification, "predict", lambda *_: torch.zeros(1, 5, dtype=torch.int64))
     y = torch.arange(30)
     grid = Grid((1.0, 2.0, 3.0), (0.5,))
     _, chosen = classification.fit_and_predict("linear", lambda i, _: i, lambda i, _: i, y, 5, 30, grid)

@@ -147,7 +147,7 @@ def _logistic(
 
 def _counts(
     predicted: Int16[Tensor, "patches pixels"], patches: Patches, n_images: int, n_classes: int
-) -> Int[ndarray, "images 3*classes"]:
+) -> Int[ndarray, "images three_classes"]:
     """Of the labelled pixels of every image: how many of each class are found, predicted and true."""
     labelled = patches.pixels >= 0
     truth, guess = (x[labelled].long() for x in (patches.pixels, predicted))
@@ -171,7 +171,7 @@ def _mean_iou(sums: ndarray) -> float:
     return float(iou[~np.isnan(iou)].mean()) if not np.isnan(iou).all() else 0.0
 
 
-def _scores(counts: Int[ndarray, "images 3*classes"], names: Sequence[str]) -> dict:
+def _scores(counts: Int[ndarray, "images three_classes"], names: Sequence[str]) -> dict:
     sums = counts.sum(0)
     both, _, true = sums.reshape(3, -1)
     iou = _iou(sums)
