@@ -36,10 +36,14 @@ logger = logging.getLogger(__name__)
 
 
 class Prototypes(NamedTuple):
-    """The teacher's clustering: logits of the prototypes are weight x / |x| + bias."""
+    """The teacher's clustering."""
 
     weight: Float[Tensor, "prototypes dim"]
     bias: Float[Tensor, " prototypes"] | None
+
+    def logits(self, features: Float[Tensor, "*positions dim"]) -> Float[Tensor, "*positions prototypes"]:
+        """weight x / |x| + bias in float32, before Sinkhorn balances a batch; all on one device."""
+        return F.linear(F.normalize(features.float(), dim=-1, eps=1e-7), self.weight, self.bias)
 
 
 def load(name: str | Path, config: ModelConfig | None = None, *, weights: str = "ema") -> Backbone:
@@ -94,7 +98,7 @@ def load_prototypes(name: str | Path) -> Prototypes:
 
 
 def clusters(features: Float[Tensor, "*positions dim"], prototypes: Prototypes) -> Int[Tensor, "*positions"]:
-    """argmax_k of weight_k x / |x| + bias_k: which prototype the teacher is for, before Sinkhorn balances a batch.
+    """The prototype of the largest logit: which one the teacher is for, before Sinkhorn balances a batch.
 
     Args:
         features: patches as the moving average's encoder gives them: a feature map, on any device.
@@ -103,12 +107,12 @@ def clusters(features: Float[Tensor, "*positions dim"], prototypes: Prototypes) 
     Raises:
         ValueError: features of another width than the prototypes.
     """
-    weight, bias = (None if x is None else x.to(features.device) for x in prototypes)
-    if features.shape[-1] != weight.shape[1]:
-        raise ValueError(f"features must have the prototypes' {weight.shape[1]} channels, got {features.shape[-1]}")
-    rows = F.normalize(features.flatten(0, -2).float(), dim=-1, eps=1e-7).split(4096)  # logits of all take gigabytes
-    chosen = [F.linear(x, weight, bias).argmax(-1) for x in rows]
-    return torch.cat(chosen).view(features.shape[:-1])
+    on_device = Prototypes(*(None if x is None else x.to(features.device) for x in prototypes))
+    dim = on_device.weight.shape[1]
+    if features.shape[-1] != dim:
+        raise ValueError(f"features must have the prototypes' {dim} channels, got {features.shape[-1]}")
+    rows = features.flatten(0, -2).split(4096)  # logits of all take gigabytes
+    return torch.cat([on_device.logits(x).argmax(-1) for x in rows]).view(features.shape[:-1])
 
 
 @torch.no_grad()

@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 from tiny_runs import tiniest
 
-from capi import train
+from capi import pretrained, train
+from capi.export import FORMATS, export
 from capi.visualize import __main__ as command
 from capi.visualize.__main__ import main
-from capi.visualize.model import load_model
+from capi.visualize.masks import load_model
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +105,22 @@ def test_checkpoints_and_encoders_are_taken(run, images, tmp_path):
             assert main([kind, encoder, *images, "--output", str(output)]) == 0
 
 
+def test_clusters_are_drawn_of_every_form_of_an_exported_encoder(run, images, tmp_path, monkeypatch):
+    forms = FORMATS[:3]  # ONNX alone brings no prototypes.
+    for form in forms:
+        export(run, form, tmp_path / form)
+    drawn = []
+    monkeypatch.setattr(
+        command, "draw_clusters", lambda _, *given, **__: drawn.append(given) or Image.new("RGB", (1, 1))
+    )
+    encoders = [run / "checkpoints", run / "encoder.safetensors", *(tmp_path / form for form in forms)]
+    for encoder in encoders:
+        assert main(["clusters", str(encoder), *images, "--output", str(tmp_path / "drawn.png")]) == 0
+    for maps, prototypes in drawn:
+        for ours, expected in zip((*maps, *prototypes), (*drawn[0][0], *drawn[0][1]), strict=True):
+            assert torch.equal(ours, expected)
+
+
 def faults(run: Path, images: list[str], tmp_path: Path) -> list[tuple[list[str], str]]:
     png = ["--output", str(tmp_path / "drawn.png")]
     (tmp_path / "text.png").write_text("no image")
@@ -121,13 +138,18 @@ def faults(run: Path, images: list[str], tmp_path: Path) -> list[tuple[list[str]
             ([kind, str(run), *images, "--output", str(tmp_path / "drawn.jpg")], "must end in .png, got"),
             ([kind, str(run), *images, "--output", str(tmp_path / "no" / "drawn.png")], "there is no folder"),
         ]
-    for kind in ("clusters", "masks"):
-        faulty += [
-            ([kind, encoder, *images, *png], "an exported encoder without the teacher's prototypes"),
-            ([kind, "capi_vitl14_lvd", *images, *png], "without the teacher's prototypes"),
-        ]
+    bare = tmp_path / "bare.pth"
+    torch.save({"backbone": pretrained.load(run).state_dict()}, bare)
     return [
         *faulty,
+        (["clusters", str(bare), *images, *png], "bare.pth comes without prototypes"),
+        (["clusters", "capi_vitl14_lvd", *images, *png], "expected a run for its student or its prototypes"),
+        (["clusters", str(run / "heads.safetensors"), *images, *png], "holds no encoder of CAPI"),
+        (["masks", encoder, *images, *png], "an exported encoder without the student that answers"),
+        (
+            ["masks", "capi_vitl14_lvd", *images, *png],
+            "expected a training checkpoint, or the folder of a run with one",
+        ),
         (["clusters", str(run), *images, *png, "--prototypes", "16"], "prototypes must be from 0 to 15, got 16"),
         (["pca", str(run), *images, *png, "--finer", "3"], "must divide the patch size 4, got 3"),
         (["masks", str(run), *images, *png, "--size", "30"], "multiples of the patch size 4"),

@@ -5,29 +5,19 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
-from capi.config import ClusteringConfig
-from capi.model import OnlineClustering
+from capi.pretrained import Prototypes, clusters
 from capi.visualize import clusters as module
-from capi.visualize.clusters import (
-    clusters_of,
-    colours_of,
-    draw_clusters,
-    most_frequent,
-    nearest_patches,
-)
+from capi.visualize.clusters import colours_of, draw_clusters, most_frequent, nearest_patches
 from capi.visualize.sheet import sheet
 
 PATCH, DIM, PROTOTYPES = 4, 8, 12
 GRIDS = [(5, 7), (6, 4), (3, 9)]
 
 
-def layer(seed: int = 0) -> nn.Linear:
-    torch.manual_seed(seed)
-    of_teacher = OnlineClustering(DIM, ClusteringConfig(n_prototypes=PROTOTYPES)).init_weights().layer
-    nn.init.normal_(of_teacher.bias)
-    return of_teacher.requires_grad_(False)
+def prototypes() -> Prototypes:
+    generator = torch.Generator().manual_seed(0)
+    return Prototypes(*(torch.randn(*shape, generator=generator) for shape in ((PROTOTYPES, DIM), (PROTOTYPES,))))
 
 
 def random_maps(seed: int = 0) -> list[torch.Tensor]:
@@ -45,45 +35,37 @@ def coloured_pictures() -> list[torch.Tensor]:
     return pictures
 
 
-def logits(maps: list[torch.Tensor], head: nn.Linear) -> torch.Tensor:
+def logits(maps: list[torch.Tensor], teacher: Prototypes) -> torch.Tensor:
     """z = x / |x| W^T + b of all patches, in float64, picture by picture."""
     x = torch.cat([of_picture.flatten(0, 1) for of_picture in maps]).double()
-    return x / x.norm(dim=1, keepdim=True) @ head.weight.double().T + head.bias.double()
+    return x / x.norm(dim=1, keepdim=True) @ teacher.weight.double().T + teacher.bias.double()
 
 
 def places() -> list[tuple[int, int, int]]:
     return [(i, *place) for i, grid in enumerate(GRIDS) for place in np.ndindex(grid)]
 
 
-def test_a_patch_takes_the_prototype_of_its_largest_logit(monkeypatch):
-    monkeypatch.setattr(module, "_ROWS_AT_A_TIME", 10)
-    head, maps = layer(), random_maps()
-    found = [clusters_of(x, head) for x in maps]
-    assert [tuple(x.shape) for x in found] == GRIDS
-    assert torch.equal(torch.cat([x.flatten() for x in found]), logits(maps, head).argmax(1))
-
-
 def test_the_nearest_patches_are_those_of_the_largest_logits():
-    head, maps = layer(), random_maps()
-    clusters = [clusters_of(x, head) for x in maps]
+    teacher, maps = prototypes(), random_maps()
+    taken = [clusters(x, teacher) for x in maps]
     chosen = [7, 0, 11]
-    for prototype, nearest in zip(chosen, nearest_patches(maps, clusters, head, chosen, 6), strict=True):
-        of_prototype = logits(maps, head)[:, prototype]
+    for prototype, nearest in zip(chosen, nearest_patches(maps, taken, teacher, chosen, 6), strict=True):
+        of_prototype = logits(maps, teacher)[:, prototype]
         expected = [places()[k] for k in of_prototype.argsort(descending=True)[:6]]
         assert (nearest.prototype, nearest.places) == (prototype, expected)
-        assert nearest.share == pytest.approx((logits(maps, head).argmax(1) == prototype).double().mean().item())
+        assert nearest.share == pytest.approx((logits(maps, teacher).argmax(1) == prototype).double().mean().item())
 
 
 def test_more_patches_than_there_are_is_all_of_them():
-    head, maps = layer(), random_maps()
-    (nearest,) = nearest_patches(maps, [clusters_of(x, head) for x in maps], head, [3], 1000)
+    teacher, maps = prototypes(), random_maps()
+    (nearest,) = nearest_patches(maps, [clusters(x, teacher) for x in maps], teacher, [3], 1000)
     assert sorted(nearest.places) == places()
 
 
 def test_the_commonest_prototypes_come_first():
-    clusters = [torch.tensor([[5, 5, 2]]), torch.tensor([[2], [9], [0]])]
-    assert most_frequent(clusters, 3) == [2, 5, 0]  # Of equal ones the lower number.
-    assert most_frequent(clusters, 10) == [2, 5, 0, 9]
+    taken = [torch.tensor([[5, 5, 2]]), torch.tensor([[2], [9], [0]])]
+    assert most_frequent(taken, 3) == [2, 5, 0]  # Of equal ones the lower number.
+    assert most_frequent(taken, 10) == [2, 5, 0, 9]
 
 
 def test_a_prototype_has_one_colour_in_every_picture_and_no_other_has_it():
@@ -105,7 +87,7 @@ def sheets_of(monkeypatch, **options) -> tuple[list, list, str]:
 
     monkeypatch.setattr(module, "sheet", note_them)
     names = ["a", "b", "c"]
-    draw_clusters(coloured_pictures(), random_maps(), layer(), patch_size=PATCH, names=names, **options)
+    draw_clusters(coloured_pictures(), random_maps(), prototypes(), patch_size=PATCH, names=names, **options)
     return drawn[0]
 
 
@@ -113,9 +95,9 @@ def test_the_contact_sheet_shows_the_nearest_patches_themselves(monkeypatch):
     _, rows, _ = sheets_of(monkeypatch, prototypes=[4, 9], n_nearest=5)
     assert len(rows) == 2
     for prototype, (swatch, *panels) in zip([4, 9], rows, strict=True):
-        of_prototype = logits(random_maps(), layer())[:, prototype]
+        of_prototype = logits(random_maps(), prototypes())[:, prototype]
         expected = [places()[k] for k in of_prototype.argsort(descending=True)[:5]]
-        share = 100 * (logits(random_maps(), layer()).argmax(1) == prototype).double().mean().item()
+        share = 100 * (logits(random_maps(), prototypes()).argmax(1) == prototype).double().mean().item()
         assert swatch.caption == f"{prototype}: {share:.1f} %"
         assert (swatch.pixels == (colours_of(torch.tensor([prototype])) * 255).round().byte().numpy()).all()
         assert len(panels) == 5
@@ -127,11 +109,11 @@ def test_the_contact_sheet_shows_the_nearest_patches_themselves(monkeypatch):
 
 
 def test_patches_that_a_picture_ends_in_are_not_among_the_nearest(monkeypatch):
-    pictures, maps, head = coloured_pictures(), random_maps(), layer()
+    pictures, maps, teacher = coloured_pictures(), random_maps(), prototypes()
     cut = [picture[:, :-1, :-1] for picture in pictures]
     drawn = []
     monkeypatch.setattr(module, "nearest_patches", lambda *given: drawn.append(given) or nearest_patches(*given))
-    draw_clusters(cut, maps, head, patch_size=PATCH, names=["a", "b", "c"], prototypes=[4], n_nearest=1000)
+    draw_clusters(cut, maps, teacher, patch_size=PATCH, names=["a", "b", "c"], prototypes=[4], n_nearest=1000)
     (nearest,) = nearest_patches(*drawn[0])
     whole = [(i, row, column) for i, row, column in places() if row < GRIDS[i][0] - 1 and column < GRIDS[i][1] - 1]
     assert sorted(nearest.places) == whole
@@ -139,7 +121,7 @@ def test_patches_that_a_picture_ends_in_are_not_among_the_nearest(monkeypatch):
 
 def test_by_default_the_commonest_prototypes_are_shown(monkeypatch):
     pictures, rows, note = sheets_of(monkeypatch)
-    taken = logits(random_maps(), layer()).argmax(1)
+    taken = logits(random_maps(), prototypes()).argmax(1)
     expected = most_frequent([taken[None]], 8)
     assert [int(swatch.caption.split(":")[0]) for swatch, *_ in rows] == expected
     assert [panels[0].caption for panels in pictures] == ["a", "b", "c"]
@@ -148,11 +130,11 @@ def test_by_default_the_commonest_prototypes_are_shown(monkeypatch):
 
 def test_every_patch_has_the_colour_of_its_prototype(monkeypatch):
     pictures, _, _ = sheets_of(monkeypatch)
-    maps, head = random_maps(), layer()
+    maps, teacher = random_maps(), prototypes()
     for (picture, coloured), of_map in zip(pictures, maps, strict=True):
         assert picture.pixels.shape == coloured.pixels.shape
         side = coloured.pixels.shape[0] // of_map.shape[0]
-        colours = (colours_of(clusters_of(of_map, head)) * 255).round().byte()
+        colours = (colours_of(clusters(of_map, teacher)) * 255).round().byte()
         for row, column in np.ndindex(*of_map.shape[:2]):
             patch = coloured.pixels[row * side : (row + 1) * side, column * side : (column + 1) * side]
             assert (patch == colours[row, column].numpy()).all()
@@ -162,7 +144,7 @@ def test_what_cannot_be_drawn():
     pictures, maps, names = coloured_pictures(), random_maps(), ["a", "b", "c"]
     for number in (-1, 12):
         with pytest.raises(ValueError, match=f"prototypes must be from 0 to 11, got {number}"):
-            draw_clusters(pictures, maps, layer(), patch_size=PATCH, names=names, prototypes=[3, number])
+            draw_clusters(pictures, maps, prototypes(), patch_size=PATCH, names=names, prototypes=[3, number])
     maps[2][0, 0, 0] = math.inf
     with pytest.raises(ValueError, match="must be finite"):
-        draw_clusters(pictures, maps, layer(), patch_size=PATCH, names=names)
+        draw_clusters(pictures, maps, prototypes(), patch_size=PATCH, names=names)

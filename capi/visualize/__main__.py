@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from PIL.Image import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -20,8 +20,7 @@ from capi.data.crops import centre_box, crop, whole
 from capi.visualize.clusters import draw_clusters
 from capi.visualize.curves import plot_curves
 from capi.visualize.maps import WINDOW, feature_map
-from capi.visualize.masks import ask, draw_masks
-from capi.visualize.model import load_model
+from capi.visualize.masks import ask, draw_masks, load_model
 from capi.visualize.pca import draw_pca
 
 _LONGER_SIDE = 1024
@@ -70,7 +69,6 @@ def _parser() -> argparse.ArgumentParser:
         return kinds.add_parser(kind, help=what, description=f"Draws {what}.", parents=parents)
 
     pca = add("pca", "feature maps, their principal components as colours", maps)
-    pca.add_argument("encoder", metavar="ENCODER", help="a run folder, a checkpoint, an encoder file, or official name")
     pca.add_argument("--per-image", action="store_true", help="components of each image alone, not of all together")
     pca.add_argument("--crisp", action="store_true", help="a square for each feature, not interpolated")
     pca.add_argument(
@@ -89,8 +87,12 @@ def _parser() -> argparse.ArgumentParser:
     masks.add_argument("--size", type=_positive, help="side of the square crops in pixels; by default that of the run")
     masks.add_argument("--seed", type=int, default=0, help="of the masks (%(default)s)")
     masks.add_argument("--ask-all", action="store_true", help="ask for every hidden patch, not the run's share of them")
-    for kind in (clusters, masks):
-        kind.add_argument("encoder", metavar="RUN", help="the folder of a run with a checkpoint, or a checkpoint")
+    for kind, name, what in (
+        (pca, "ENCODER", "a run folder, a checkpoint, an encoder file, or official name"),
+        (clusters, "ENCODER", "a run folder, a checkpoint, or an encoder file with prototypes in it or beside it"),
+        (masks, "RUN", "the folder of a run with a checkpoint, or a checkpoint"),
+    ):
+        kind.add_argument("encoder", metavar=name, help=what)
     for kind in (pca, clusters, masks):
         kind.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="files of images")
     curves = add("curves", "the metrics of one run, or of several one over the other")
@@ -128,13 +130,7 @@ def _check_output(path: Path) -> None:
 
 def _pca(arguments: argparse.Namespace) -> Image:
     pictures = _pictures(arguments)
-    weights = pretrained.read(arguments.encoder)
-    backbone = pretrained.build(weights).to(_device())
-    patch_size = weights.shape.patch_size
-    maps = [
-        feature_map(backbone, picture, patch_size, window=arguments.window, finer=arguments.finer)
-        for picture in tqdm(pictures, unit="image", disable=None)
-    ]
+    maps, patch_size = _feature_maps(arguments, pictures, arguments.finer)
     return draw_pca(
         pictures,
         maps,
@@ -148,17 +144,12 @@ def _pca(arguments: argparse.Namespace) -> Image:
 
 def _clusters(arguments: argparse.Namespace) -> Image:
     pictures = _pictures(arguments)
-    model, config = load_model(arguments.encoder)
-    patch_size = config.model.patch_size
-    backbone = model.student_ema.backbone.to(_device())
-    maps = [
-        feature_map(backbone, picture, patch_size, window=arguments.window)
-        for picture in tqdm(pictures, unit="image", disable=None)
-    ]
+    teacher = pretrained.load_prototypes(arguments.encoder)
+    maps, patch_size = _feature_maps(arguments, pictures)
     return draw_clusters(
         pictures,
         maps,
-        model.teacher["head"].layer,
+        teacher,
         patch_size=patch_size,
         names=[path.name for path in arguments.images],
         prototypes=arguments.prototypes,
@@ -178,6 +169,16 @@ def _masks(arguments: argparse.Namespace) -> Image:
     answers = ask(model.to(_device()), pictures, masking, arguments.seed)
     names = [path.name for path in arguments.images]
     return draw_masks(pictures, answers, names=names, encoder=f"Student: {arguments.encoder}. ")
+
+
+def _feature_maps(
+    arguments: argparse.Namespace, pictures: Sequence[UInt8[Tensor, "3 _ _"]], finer: int = 1
+) -> tuple[list[Float[Tensor, "_ _ dim"]], int]:
+    """Of every picture, and the side of the encoder's patches in pixels."""
+    backbone = pretrained.load(arguments.encoder).to(_device())
+    progress = tqdm(pictures, unit="image", disable=None)
+    size, window = backbone.patch_size, arguments.window
+    return [feature_map(backbone, picture, size, window=window, finer=finer) for picture in progress], size
 
 
 def _pictures(arguments: argparse.Namespace) -> list[UInt8[Tensor, "3 _ _"]]:

@@ -6,15 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
+from capi import pretrained
 from capi.visualize.maps import upsampled
 from capi.visualize.sheet import Panel, bytes_of, enlargement, framed, sheet, shown
 
-_ROWS_AT_A_TIME = 1024  # Of logits: of 16384 prototypes they take 64 MB.
 _SHEET_SIDE, _CONTEXT = 80, 5  # Pixels of a panel of the contact sheet; patches on its side.
 
 _OUTSIDE = 225  # The grey of what lies outside a picture.
@@ -32,23 +31,10 @@ class Nearest:
     """(picture, row, column) of each, in patches."""
 
 
-def clustering_logits(features: Float[Tensor, "patches dim"], layer: nn.Linear) -> Float[Tensor, "patches prototypes"]:
-    """What the teacher's head computes of its features before the balancing: z = normalize(x) W^T + b."""
-    return layer(F.normalize(features, dim=-1, eps=1e-7))
-
-
-@torch.no_grad()
-def clusters_of(features: Float[Tensor, "rows columns dim"], layer: nn.Linear) -> Int[Tensor, "rows columns"]:
-    """The prototype of the largest logit, patch by patch."""
-    rows = features.flatten(0, 1).split(_ROWS_AT_A_TIME)
-    return torch.cat([clustering_logits(x, layer).argmax(-1) for x in rows]).unflatten(0, features.shape[:2])
-
-
-@torch.no_grad()
 def nearest_patches(
     maps: Sequence[Float[Tensor, "_ _ dim"]],
     clusters: Sequence[Int[Tensor, "_ _"]],
-    layer: nn.Linear,
+    teacher: pretrained.Prototypes,
     prototypes: Sequence[int],
     n: int,
 ) -> list[Nearest]:
@@ -56,11 +42,8 @@ def nearest_patches(
 
     Of equal logits those of the first picture come first, then by place.
     """
-    chosen = nn.Linear(layer.in_features, len(prototypes), bias=layer.bias is not None)
-    chosen.weight.copy_(layer.weight[list(prototypes)])
-    if layer.bias is not None:
-        chosen.bias.copy_(layer.bias[list(prototypes)])
-    logits = torch.cat([clustering_logits(x.flatten(0, 1), chosen) for x in maps])
+    chosen = pretrained.Prototypes(*(None if x is None else x[list(prototypes)] for x in teacher))
+    logits = torch.cat([chosen.logits(x.flatten(0, 1)) for x in maps])
     places = [(i, row, column) for i, x in enumerate(maps) for row in range(len(x)) for column in range(x.shape[1])]
     taken = torch.cat([x.flatten() for x in clusters])
     return [
@@ -96,7 +79,7 @@ def _colour(number: int) -> tuple[float, float, float]:
 def draw_clusters(
     pictures: Sequence[UInt8[Tensor, "3 _ _"]],
     maps: Sequence[Float[Tensor, "_ _ dim"]],
-    layer: nn.Linear,
+    teacher: pretrained.Prototypes,
     *,
     patch_size: int,
     names: Sequence[str],
@@ -107,19 +90,20 @@ def draw_clusters(
     """Draws every picture beside its clusters, then a row of the nearest patches of each of some prototypes.
 
     Args:
-        layer: the teacher's head, a linear layer to the prototypes.
-        prototypes: their numbers; by default the eight that most patches take.
+        teacher: all of its prototypes, on the CPU.
+        prototypes: the numbers of some; by default the eight that most patches take.
 
     Raises:
-        ValueError: features that are not finite, or a number that is no prototype's.
+        ValueError: features that are not finite or of another width, or a number that is no prototype's.
     """
     maps = [x.detach().float().cpu() for x in maps]
     if not all(x.isfinite().all() for x in maps):
         raise ValueError("feature maps must be finite, got NaN or infinity")
+    n_prototypes = len(teacher.weight)
     for number in prototypes or []:
-        if not 0 <= number < layer.out_features:
-            raise ValueError(f"prototypes must be from 0 to {layer.out_features - 1}, got {number}")
-    clusters = [clusters_of(x, layer) for x in maps]
+        if not 0 <= number < n_prototypes:
+            raise ValueError(f"prototypes must be from 0 to {n_prototypes - 1}, got {number}")
+    clusters = [pretrained.clusters(x, teacher) for x in maps]
     groups = []
     for picture, of_picture, name in zip(pictures, clusters, names, strict=True):
         times = enlargement(picture)
@@ -134,11 +118,11 @@ def draw_clusters(
         x[: picture.shape[1] // patch_size, : picture.shape[2] // patch_size]
         for x, picture in zip(maps, pictures, strict=True)
     ]
-    nearest = nearest_patches(inside, clusters, layer, prototypes, n_nearest)
+    nearest = nearest_patches(inside, clusters, teacher, prototypes, n_nearest)
     contacts = [list(_contact_row(pictures, of_one, patch_size)) for of_one in nearest]
     used = len(torch.cat([x.flatten() for x in clusters]).unique())
     note = (
-        f"A colour for each of the teacher's {layer.out_features} prototypes, of which {used} are taken here: of every "
+        f"A colour for each of the teacher's {n_prototypes} prototypes, of which {used} are taken here: of every "
         f"patch of {patch_size} x {patch_size} pixels the one with the largest logit, without training's balancing. "
         "Below, a row a prototype: the patches of all pictures nearest to it, framed, with what surrounds them."
     )

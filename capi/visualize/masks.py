@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,11 +11,13 @@ from numpy import ndarray
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from capi.config import MaskingConfig
+from capi import pretrained
+from capi.checkpoint import load_checkpoint, load_newest_checkpoint
+from capi.config import Config, MaskingConfig, config_of
 from capi.masking import check_masking, sample_masks
 from capi.model import CAPI, normalize_images
 from capi.seeding import Purpose, generator
-from capi.visualize.clusters import clustering_logits, colours_of
+from capi.visualize.clusters import colours_of
 from capi.visualize.sheet import Panel, bytes_of, sheet
 
 _SIDE = 224
@@ -37,6 +40,31 @@ class Answers:
         return self.student == self.teacher
 
 
+def load_model(name: str) -> tuple[CAPI, Config]:
+    """The model of a training checkpoint, or of the newest one of a run's folder, frozen, and the run's configuration.
+
+    Raises:
+        ValueError: there is no such path, no checkpoint in it, or it holds an encoder alone.
+        OSError: the checkpoint cannot be read.
+    """
+    expected = "expected a training checkpoint, or the folder of a run with one"
+    path = Path(name).expanduser()
+    if path.is_dir():
+        content = load_newest_checkpoint(path.parent if path.name == "checkpoints" else path)
+        if content is None:
+            raise ValueError(f"{name} has no checkpoints/step_*.pt, and students are in these alone; {expected}")
+    elif not path.is_file():
+        raise ValueError(f"{expected}, got {name}")
+    elif (weights := pretrained.read(name)).run_config is None:
+        raise ValueError(f"{name} is {weights.kind} without the student that answers; {expected}")
+    else:
+        content = load_checkpoint(weights.path)
+    config = config_of(content["config"])
+    model = CAPI(config.model, config.clustering)
+    model.load_state_dict(content["trainer"]["model"])
+    return model.eval().requires_grad_(False), config
+
+
 @torch.no_grad()
 def ask(
     model: CAPI, pictures: UInt8[Tensor, "images 3 height width"], masking: MaskingConfig, seed: int
@@ -52,11 +80,12 @@ def ask(
     grid = pictures.shape[2] // size, pictures.shape[3] // size
     check_masking(masking, grid)
     device, layer = next(model.parameters()).device, model.teacher["head"].layer
+    prototypes = pretrained.Prototypes(layer.weight, layer.bias)
     answers = []
     for i, picture in enumerate(pictures):
         masks = sample_masks(masking, grid, [generator(Purpose.MASK, seed, i)])
         images = normalize_images(picture[None].to(device))
-        teacher = clustering_logits(model.teacher_features(images)[0], layer).argmax(-1).cpu()
+        teacher = pretrained.clusters(model.teacher_features(images)[0], prototypes).cpu()
         student = torch.full_like(teacher, -1)
         student[masks.predict_indices] = model.student(images, masks.to(device)).argmax(-1).cpu()
         visible, asked = torch.zeros(2, len(teacher), dtype=torch.bool)
