@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from capi.checkpoint import write_atomically
 from capi.config import ClusteringConfig, Config, DataConfig, ModelConfig, config_of
@@ -117,12 +117,12 @@ def clusters(features: Float[Tensor, "*positions dim"], prototypes: Prototypes) 
 
 @torch.no_grad()
 def features_of(
-    backbone: Backbone, batches: Iterable, *, resize: int | tuple[int, int] | Literal["multiple"] | None = None
+    backbone: nn.Module, batches: Iterable, *, resize: int | tuple[int, int] | Literal["multiple"] | None = None
 ) -> Iterator[tuple]:
     """Features of the batches of a DataLoader, one after the other: global vectors, registers, feature maps.
 
     Args:
-        backbone: what `load` gives, on any device, in any precision.
+        backbone: what `load` gives, or another module that takes and gives the same, on any device, in any precision.
         batches: images [images, 3, height, width], bytes or normalised floats; or tuples of them and of whatever else
             the loader gives, such as labels.
         resize: as the backbone takes it.

@@ -8,13 +8,12 @@ from capi.evaluate.knn import knn_predict
 from capi.evaluate.labelled import open_labelled
 from capi.evaluate.protocol import evaluate_labelled
 from capi.evaluate.scores import accuracy, mean_iou, patch_labels
-from capi.evaluate.synthetic import evaluate_synthetic, extract_features, format_table
+from capi.evaluate.synthetic import evaluate_synthetic, format_table
 
 __all__ = [
     "accuracy",
     "evaluate_labelled",
     "evaluate_synthetic",
-    "extract_features",
     "format_table",
     "knn_predict",
     "main",

@@ -15,6 +15,7 @@ from capi.evaluate.knn import knn_predict
 from capi.evaluate.probes import Grid
 from capi.evaluate.scores import accuracy, mean_iou, patch_labels
 from capi.model import normalize_images
+from capi.pretrained import features_of
 
 RAW_PIXELS = "raw pixels"
 
@@ -22,19 +23,9 @@ RAW_PIXELS = "raw pixels"
 _BANK_SEED, _QUERY_SEED = 2**40, 2**40 + 1
 _BANK_IMAGES, _QUERY_IMAGES = 2048, 2048
 _BANK_PATCHES, _QUERY_PATCHES = 16384, 8192
+_BATCH = 256
 # Of the thousands of pixels of an image a probe of the authors' grid would take minutes.
 _GRID = Grid(learning_rates=(1e-3, 1e-2, 1e-1), weight_decays=(5e-4,), iterations=500)
-
-
-@torch.no_grad()
-def extract_features(
-    backbone: nn.Module, images: UInt8[Tensor, "images 3 height width"], *, batch_size: int = 256
-) -> tuple[Float[Tensor, "images dim"], Float[Tensor, "images rows columns dim"]]:
-    """Global representations and feature maps of a frozen backbone, float32 on the CPU, a batch at a time."""
-    device = next(backbone.parameters()).device
-    outputs = [backbone(normalize_images(batch.to(device))) for batch in images.split(batch_size)]
-    global_reprs, _, feature_maps = zip(*outputs, strict=True)
-    return torch.cat(global_reprs).float().cpu(), torch.cat(feature_maps).float().cpu()
 
 
 class HeldOutScenes:
@@ -60,8 +51,11 @@ class HeldOutScenes:
         n_classes, features = len(TEXTURES), []
         for images, _, _ in (self._bank, self._queries):
             watch()
-            raw = backbone is None
-            features.append(_raw_features(images, self._patch_size) if raw else extract_features(backbone, images))
+            if backbone is None:
+                features.append(_raw_features(images, self._patch_size))
+            else:
+                vectors, _, maps = zip(*features_of(backbone, images.split(_BATCH)), strict=True)
+                features.append((torch.cat(vectors), torch.cat(maps)))
         (bank, bank_maps), (queries, query_maps) = features
         (bank_chosen, bank_patches), (query_chosen, query_patches) = self._patches
         y, truth = self._bank[1], self._queries[1]
