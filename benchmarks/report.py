@@ -3,108 +3,21 @@
     python -m benchmarks.report benchmarks/results/h200.json   # writes h200.md and, of a GPU, h200.png beside it
     python -m benchmarks.report --readme                       # rewrites README's performance section
 
-The raw files of a machine are <name>.json and its parts <name>.<part>.json; where several hold one entry, the newest
-stands. What is known to be wrong in them stands in <name>.notes.md, whose first paragraph README shows too. README
-takes the GPU measured last.
+README takes the GPU measured last, and the first paragraph of its notes.
 """
 
 import argparse
-import json
 from collections import defaultdict
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
+from benchmarks.raw import OURS, RESULTS, Results, best_peer, read, row_of
+
+README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN = "<!-- performance: written by `python -m benchmarks.report --readme` -->"
 END = "<!-- end of performance -->"
-OURS = "ours"
 UNMEASURED = "Speed on a GPU: not yet measured."
-
-Row = tuple[str, tuple[tuple[str, int | str], ...], str]  # operation, shape, direction
-
-
-@dataclass
-class Results:
-    """Everything that the raw files of one machine say."""
-
-    name: str
-    runs: list[dict]
-    """The raw files, oldest first."""
-    rows: dict[Row, dict[str, dict]]
-    """By row and implementation: `extra_info`, with the median, of a CPU the fastest round, as `seconds`."""
-    absent: list[dict]
-    failed: list[dict]
-    unreadable: list[str]
-    """Names of raw files that hold nothing: their run was cut off."""
-    notes: str
-
-    @property
-    def machine(self) -> dict:
-        return self.runs[-1]["machine_info"]
-
-    @property
-    def ceilings(self) -> list[tuple[float, float]]:
-        """Copy GB/s, by the size of the buffers, and matrix product TFLOP/s; none of a CPU."""
-        entries = [entry["ceilings"] for row in self.rows.values() for entry in row.values() if entry["ceilings"]]
-        return [(entry["copy_gb_per_second"], entry["matmul_tflop_per_second"]) for entry in entries]
-
-
-def read(name: str, folder: Path = RESULTS) -> Results:
-    """Reads <name>.json and <name>.<part>.json.
-
-    Raises:
-        FileNotFoundError: there are none, or none that holds anything.
-    """
-    runs, unreadable = [], []
-    for path in sorted(path for path in folder.glob("*.json") if path.name.split(".")[0] == name):
-        try:
-            runs.append(json.loads(path.read_text()))
-        except json.JSONDecodeError:
-            unreadable.append(path.name)
-    if not runs:
-        raise FileNotFoundError(f"expected {folder / name}.json or {name}.<part>.json there, found none that is whole")
-    runs.sort(key=lambda run: run["datetime"])
-    rows: dict[Row, dict[str, dict]] = defaultdict(dict)
-    absent: dict[tuple[Row, str], dict] = {}
-    failed: dict[tuple[Row, str], dict] = {}
-    for run in runs:
-        for entry in run.get("absent", []):
-            absent[_row(entry), entry["implementation"]] = entry
-        for entry in run.get("failed", []):
-            key = _row(entry), entry["implementation"]
-            failed[key] = entry
-            absent.pop(key, None)
-            rows[key[0]].pop(key[1], None)
-        for benchmark in run["benchmarks"]:
-            entry = benchmark["extra_info"]
-            row, implementation = _row(entry), entry["implementation"]
-            stats = benchmark["stats"]
-            # Others may use a CPU too: the least disturbed round says most of it.
-            seconds = stats["median" if run["machine_info"]["gpu"] else "min"]
-            if "images_per_second" in entry:
-                entry["images_per_second"] *= stats["median"] / seconds
-            rows[row][implementation] = {**entry, "seconds": seconds}
-            absent.pop((row, implementation), None)
-            failed.pop((row, implementation), None)
-    operations = list(dict.fromkeys(op for op, _, _ in rows))
-    rows = dict(sorted(rows.items(), key=lambda item: operations.index(item[0][0])))
-    path = folder / f"{name}.notes.md"
-    notes = path.read_text().strip() if path.exists() else ""
-    return Results(name, runs, rows, list(absent.values()), list(failed.values()), unreadable, notes)
-
-
-def _row(entry: dict) -> Row:
-    shape = {**entry["shape"], "dim": entry["dim"]} if "dim" in entry else entry["shape"]
-    return entry["op"], tuple(shape.items()), entry["direction"]
-
-
-def best_peer(entries: dict[str, dict]) -> str | None:
-    """The fastest other implementation."""
-    return min((name for name in entries if name != OURS), key=lambda name: entries[name]["seconds"], default=None)
 
 
 def duration(seconds: float) -> str:
@@ -233,7 +146,7 @@ def markdown(results: Results) -> str:
             lines += ["", f"## {title}", ""]
             where = defaultdict(list)
             for entry in entries:
-                where[entry["implementation"], entry["reason"]].append(f"{entry['op']} {_shape(_row(entry)[1])}")
+                where[entry["implementation"], entry["reason"]].append(f"{entry['op']} {_shape(row_of(entry)[1])}")
             lines += [f"- {name}, {'; '.join(dict.fromkeys(at))}: {reason}" for (name, reason), at in where.items()]
     sources = {
         entry["source"]: None
@@ -248,7 +161,7 @@ def markdown(results: Results) -> str:
 
 def _operation_table(op: str, results: Results) -> list[str]:
     rows = {row: entries for row, entries in results.rows.items() if row[0] == op}
-    failed = {(_row(entry), entry["implementation"]) for entry in results.failed}
+    failed = {(row_of(entry), entry["implementation"]) for entry in results.failed}
     names = [name for row in rows.values() for name in row] + [name for row, name in failed if row in rows]
     peers = [name for name in dict.fromkeys(names) if name != OURS]
     timed_on_host = any(_host(entries.get(OURS, {})) for entries in rows.values())

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from benchmarks.report import OURS, Results, best_peer
+from benchmarks.raw import OURS, Results, best_peer
 
 
 def plot_roofline(results: Results, path: Path) -> None:
