@@ -222,3 +222,5 @@ def test_the_split_and_the_columns_are_found_or_named(hub):
     ):
         with pytest.raises(SourceError, match=message):
             open_labelled(place, "test", **options)
+    with pytest.raises(SourceError, match=r"hub:other: expected hf:NAME:CONFIGURATION with one of the configurations"):
+        open_labelled(f"{place}:other", "test")

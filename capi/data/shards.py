@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import fsspec
 
@@ -128,28 +128,40 @@ def _member_bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     return tar.extractfile(member).read()
 
 
+def hub_builder(name: str) -> Any:
+    """The `datasets.DatasetBuilder` of a Hugging Face data set; `name` may be a folder, and end with :CONFIGURATION.
+
+    Raises:
+        ImportError: without the package `datasets`.
+        SourceError: there is no such data set, or several configurations of it.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(f"hf:{name} needs Hugging Face datasets: {_INSTALL}") from error
+    place, configuration = os.path.expanduser(name), None  # noqa: PTH111
+    if ":" in place and not Path(place).exists():
+        place, _, configuration = place.rpartition(":")
+    try:
+        return datasets.load_dataset_builder(place, configuration)
+    except Exception as error:
+        known = attempt(datasets.get_dataset_config_names, place)
+        if isinstance(known, list) and configuration not in known and (configuration or len(known) > 1):
+            raise SourceError(
+                f"hf:{name}: expected hf:NAME:CONFIGURATION with one of the configurations {known}, "
+                f"got {configuration or 'none'}"
+            ) from error
+        raise SourceError(f"hf:{name} cannot be loaded: {reason(error)}") from error
+
+
 class HubShards:
     """Images of a Hugging Face data set, streamed; `name` may be a local folder, and end with :CONFIGURATION."""
 
     def __init__(self, name: str, split: str, image_key: str) -> None:
         self.source = f"hf:{name}"
-        try:
-            import datasets
-        except ImportError as error:
-            raise ImportError(f"{self.source} needs Hugging Face datasets: {_INSTALL}") from error
-        place, configuration = os.path.expanduser(name), None  # noqa: PTH111
-        if ":" in place and not Path(place).exists():
-            place, _, configuration = place.rpartition(":")
-        try:
-            builder = datasets.load_dataset_builder(place, configuration)
-        except Exception as error:
-            known = attempt(datasets.get_dataset_config_names, place)
-            if isinstance(known, list) and configuration not in known and (configuration or len(known) > 1):
-                raise SourceError(
-                    f"{self.source}: expected hf:NAME:CONFIGURATION with one of the configurations {known}, "
-                    f"got {configuration or 'none'}"
-                ) from error
-            raise SourceError(f"{self.source} cannot be loaded: {reason(error)}") from error
+        builder = hub_builder(name)
+        import datasets
+
         try:
             dataset = builder.as_streaming_dataset(split)
         except Exception as error:
@@ -192,7 +204,7 @@ class HubShards:
             position, image = row
             following = position + 1
             path = (image or {}).get("path") or "no path"
-            yield f"{self.shard_name(index)} row {position} ({path})", partial(_stored_bytes, image)
+            yield f"{self.shard_name(index)} row {position} ({path})", partial(stored_bytes, image)
 
     def _rows(self, index: int) -> Iterator[dict | None]:
         # Plain iteration would divide the shard among the loader processes of torch once more; by batches it does not.
@@ -200,7 +212,8 @@ class HubShards:
             yield from batch[self._column]
 
 
-def _stored_bytes(image: dict | None) -> bytes:
+def stored_bytes(image: dict | None) -> bytes:
+    """The bytes of an image that was not decoded: in its row, or where that says; ValueError if it has none."""
     if image is None:
         raise ValueError("the row has no image")
     if image.get("bytes") is not None:

@@ -10,7 +10,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import fsspec
 import numpy as np
 from jaxtyping import Int16
 from numpy import ndarray
@@ -19,7 +18,7 @@ from PIL import Image
 from capi.data.folder import ImageFolder
 from capi.data.listing import IMAGE_EXTENSIONS, SourceError, listing_fingerprint
 from capi.data.retry import PersistentFile, reason
-from capi.data.shards import HubShards, TarShards
+from capi.data.shards import HubShards, TarShards, hub_builder, stored_bytes
 
 Part = Literal["train", "test"]
 Read = Callable[[], bytes]
@@ -178,16 +177,11 @@ class LabelledHub:
         self, name: str, part: Part, split: str | None, image_key: str, label_key: str, ignored: Sequence[int]
     ):
         self.source, self._name = f"hf:{name}", name
+        builder = hub_builder(name)
+        import datasets
+
         try:
-            import datasets
-        except ImportError as error:
-            raise ImportError(f"{self.source} needs Hugging Face datasets: pip install '.[data]'") from error
-        place, configuration = os.path.expanduser(name), None  # noqa: PTH111
-        if ":" in place and not Path(place).exists():
-            place, _, configuration = place.rpartition(":")
-        try:
-            builder = datasets.load_dataset_builder(place, configuration)
-            splits = list(builder.info.splits or datasets.get_dataset_split_names(place, configuration))
+            splits = list(builder.info.splits or builder.as_streaming_dataset())
             self.split = split or next(
                 (known for known in _SPLITS[part] if known in splits), splits[0] if len(splits) == 1 else None
             )
@@ -226,21 +220,12 @@ class LabelledHub:
         for index, row in enumerate(self._rows):
             label = row[self._label]
             if self.masks is not None:
-                label = None if label is None else partial(_stored_bytes, label)
+                label = None if label is None else partial(stored_bytes, label)
             elif self._names is not None:
                 label = None if label is None or label < 0 else self._names[label]
             elif label is not None:
                 label = str(label)
-            yield Item(f"{self.source}, row {index}", partial(_stored_bytes, row[self._image]), label)
-
-
-def _stored_bytes(image: dict | None) -> bytes:
-    if image is None:
-        raise ValueError("the row has no image")
-    if image.get("bytes") is not None:
-        return image["bytes"]
-    with fsspec.open(image["path"], "rb") as file:
-        return file.read()
+            yield Item(f"{self.source}, row {index}", partial(stored_bytes, row[self._image]), label)
 
 
 LabelledSource = LabelledFolder | MaskedFolder | LabelledShards | LabelledHub
