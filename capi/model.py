@@ -85,23 +85,32 @@ class Backbone(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        dim, heads = config.embed_dim, config.num_heads
-        if dim % heads or (dim // heads) % 4:
-            raise ValueError(f"model.embed_dim / model.num_heads must be a multiple of 4, got {dim} / {heads}")
-        if config.n_registers % 4:
+        encoder, predictor = (config.embed_dim, config.num_heads), config.predictor_shape()
+        for (dim, heads), names in (
+            (encoder, "model.embed_dim / model.num_heads"),
+            (predictor, "width / heads of the predictor"),
+        ):
+            if heads < 1 or dim % heads or (dim // heads) % 4:
+                raise ValueError(f"{names} must be a multiple of 4, got {dim} / {heads}")
+        if config.register_coordinates == "edge" and config.n_registers % 4:
             raise ValueError(f"model.n_registers must be a multiple of 4, got {config.n_registers}")
         if config.encoder_depth < 1 or config.predictor_depth < 1:
             depths = f"{config.encoder_depth} and {config.predictor_depth}"
             raise ValueError(f"model.encoder_depth and model.predictor_depth must be at least 1, got {depths}")
+        layers = config.encoder_depth + 1
+        if not -layers <= config.out_layer < layers:
+            raise ValueError(f"model.out_layer must lie from {-layers} to {layers - 1}, got {config.out_layer}")
+        dim, predictor_dim = config.embed_dim, predictor[0]
         self.config = config
-        self.encoder = Transformer(dim, heads, config.encoder_depth, SelfAttention)
-        self.decoder = Transformer(dim, heads, config.predictor_depth, CrossAttention)
-        self.mask_token = nn.Parameter(torch.empty(1, dim))
+        self.out_layer = config.out_layer % layers
+        self.encoder = Transformer(*encoder, config.encoder_depth, SelfAttention, dim)
+        self.decoder = Transformer(*predictor, config.predictor_depth, CrossAttention, dim)
+        self.mask_token = nn.Parameter(torch.empty(1, predictor_dim))
         self.registers = nn.Parameter(torch.empty(1, config.n_registers, dim))
         self.patch_embed = PatchEmbed(3, dim, kernel_size=config.patch_size, stride=config.patch_size)
         self._kept: dict[tuple[tuple[int, int], torch.device], Coordinates] = {}
         self.enc_norm = RMSNorm(dim, eps=NORM_EPS, elementwise_affine=False)
-        self.dec_norm = RMSNorm(dim, eps=NORM_EPS, elementwise_affine=False)
+        self.dec_norm = RMSNorm(predictor_dim, eps=NORM_EPS, elementwise_affine=False)
 
     @torch.no_grad()
     def init_weights(self) -> "Backbone":
@@ -111,7 +120,7 @@ class Backbone(nn.Module):
             elif isinstance(module, nn.RMSNorm | nn.Conv2d):
                 module.reset_parameters()
             elif isinstance(module, Rope):
-                module.init_weights()
+                module.init_weights(self.config.rope_max_frequency, self.config.rope_min_frequency)
         nn.init.xavier_uniform_(self.patch_embed.weight.flatten(1))
         nn.init.normal_(self.registers, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
@@ -122,8 +131,12 @@ class Backbone(nn.Module):
         images: Shaped[Tensor, "images 3 height width"],
         masks: Masks | None = None,
         branches: Branches | None = None,
+        layer: int | None = None,
     ) -> tuple[Float[Tensor, "tokens dim"], Packed, tuple[int, ...]]:
-        """Encodes registers and visible patches (all of them without masks): tokens, their places and counts."""
+        """Encodes registers and visible patches (all of them without masks): tokens, their places and counts.
+
+        As far as `layer`, by default the last.
+        """
         grid = self._grid(images)
         n_images, n_tokens, n_registers = images.shape[0], grid[0] * grid[1], self.config.n_registers
         x = self.patch_embed(images, None if masks is None else masks.visible_indices)
@@ -138,12 +151,14 @@ class Backbone(nn.Module):
             if masks is None:
                 packed = pack(counts, of_grid.tokens.repeat(n_images, 1))._replace(of_each=of_grid.tokens)
             else:
-                packed = pack(counts, with_registers(coords.unflatten(0, (n_images, -1)), of_grid.edge).flatten(0, 1))
+                coords = coords.unflatten(0, (n_images, -1))
+                packed = pack(counts, with_registers(coords, of_grid.edge, self.config.scale_registers).flatten(0, 1))
         else:
             packed = pack(counts, coords)
-            x, coords = _interleaved(registers, of_grid.edge, x, coords, masks.visible_indices // n_tokens, packed)
+            where = coords, masks.visible_indices // n_tokens, packed, self.config.scale_registers
+            x, coords = _interleaved(registers, of_grid.edge, x, *where)
             packed = packed._replace(coords=coords)
-        return self.enc_norm(self.encoder(x, packed, counts, branches=branches)), packed, counts
+        return self.enc_norm(self.encoder(x, packed, counts, branches=branches, n_blocks=layer)), packed, counts
 
     def predict(
         self,
@@ -164,7 +179,7 @@ class Backbone(nn.Module):
     def forward(
         self, images: Shaped[Tensor, "images 3 height width"]
     ) -> tuple[
-        Float[Tensor, "images dim"],
+        Float[Tensor, "images predictor_dim"],
         Float[Tensor, "images registers dim"],
         Float[Tensor, "images rows columns dim"],
     ]:
@@ -178,6 +193,8 @@ class Backbone(nn.Module):
         counts = (grid[0] * grid[1],) * n_images
         x = self.mask_token.to(context.dtype).expand(coords.shape[0], -1)
         predicted = self.dec_norm(self.decoder.blocks[0](x, pack(counts, coords), context, context_packed))
+        if self.out_layer < len(self.encoder.blocks):
+            context, _, _ = self.encode(images, layer=self.out_layer)
         features = context.unflatten(0, (n_images, -1))
         registers, patches = features.split([self.config.n_registers, counts[0]], dim=1)
         return predicted.unflatten(0, (n_images, -1)).mean(1), registers, patches.unflatten(1, grid)
@@ -196,11 +213,11 @@ class Backbone(nn.Module):
         Not kept is what has no memory of its own: a tracer's tensors, and those of a graph that is being captured.
         """
         if torch.compiler.is_compiling():
-            return grid_coordinates(grid, self.config.n_registers, device)
+            return grid_coordinates(grid, self.config, device)
         if (grid, device) in self._kept:
             return self._kept[grid, device]
         with torch.inference_mode(False):  # Tensors made in it could be used in no other.
-            coordinates = grid_coordinates(grid, self.config.n_registers, device)
+            coordinates = grid_coordinates(grid, self.config, device)
         captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if type(coordinates.tokens) is Tensor and not captured:
             self._kept[grid, device] = coordinates
@@ -214,8 +231,9 @@ def _interleaved(
     coords: Float[Tensor, "visible 2"],
     image: Int[Tensor, "visible"],
     packed: Packed,
+    scaled: bool,
 ) -> tuple[Float[Tensor, "tokens dim"], Float[Tensor, "tokens 2"]]:
-    """Tokens and coordinates, registers before the patches of their image, which `edge` places around these.
+    """Tokens and coordinates, registers before the patches of their image, as `with_registers` has them.
 
     In launches whose number does not depend on that of the images.
     """
@@ -231,7 +249,8 @@ def _interleaved(
     first = (start - ascending[:n_images] * n_registers).unsqueeze(1)
     some = first + torch.minimum(ascending[: packed.max_seqlen - n_registers], patches.unsqueeze(1) - 1)
     low, high = coords[some].aminmax(dim=1, keepdim=True)
-    coords = torch.cat([(low + edge * (high - low)).flatten(0, 1), coords]).index_select(0, tokens)
+    at = low + edge * (high - low) if scaled else edge.expand(n_images, -1, -1)
+    coords = torch.cat([at.flatten(0, 1), coords]).index_select(0, tokens)
     return TakeRows.apply(torch.cat([registers.flatten(0, 1), x]), tokens, place), coords
 
 
@@ -278,11 +297,12 @@ class OnlineClustering(nn.Module):
     def __init__(self, dim: int, config: ClusteringConfig):
         super().__init__()
         self.config = config
-        self.layer = nn.Linear(dim, config.n_prototypes)
+        self.layer = nn.Linear(dim, config.n_prototypes, bias=config.bias)
 
     def init_weights(self) -> "OnlineClustering":
         nn.init.normal_(self.layer.weight)
-        nn.init.zeros_(self.layer.bias)
+        if self.layer.bias is not None:
+            nn.init.zeros_(self.layer.bias)
         return self
 
     def forward(self, features: Float[Tensor, "images positions dim"]) -> tuple[Float[Tensor, ""], Potentials]:
@@ -323,7 +343,7 @@ class Student(nn.Module):
     def __init__(self, model: ModelConfig, n_prototypes: int):
         super().__init__()
         self.backbone = Backbone(model)
-        self.head = PredictionHead(model.embed_dim, n_prototypes)
+        self.head = PredictionHead(model.predictor_shape()[0], n_prototypes)
 
     def forward(
         self, images: Shaped[Tensor, "images 3 height width"], masks: Masks, drop_path: DropPath | None = None
@@ -360,6 +380,6 @@ class CAPI(nn.Module):
     def teacher_features(
         self, images: Shaped[Tensor, "images 3 height width"]
     ) -> Float[Tensor, "images positions dim"]:
-        """What the moving average's encoder says of every patch."""
-        features, _, counts = self.student_ema.backbone.encode(images)
+        """What the moving average's encoder, as far as `model.out_layer`, says of every patch."""
+        features, _, counts = self.student_ema.backbone.encode(images, layer=self.student_ema.backbone.out_layer)
         return features.unflatten(0, (len(counts), -1))[:, self.student_ema.backbone.config.n_registers :]

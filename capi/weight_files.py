@@ -17,10 +17,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from capi.checkpoint import newest_checkpoint
-from capi.config import ModelConfig
+from capi.config import ModelConfig, config_of
 
 # What DataParallel, torch.compile, FSDP and activation checkpointing put between the names of modules.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# What of a configuration the weights do not show.
+_UNSEEN = ("register_coordinates", "scale_registers", "out_layer", "rope_max_frequency", "rope_min_frequency")
 _NO_WEIGHTS = {
     b"<": "it is an HTML or XML page",
     b"version https://git-lfs": "it is a Git LFS pointer; git lfs pull brings the file",
@@ -43,11 +45,12 @@ class EncoderWeights:
     """The configuration of the run, where it stands in the file."""
 
     def __str__(self) -> str:
-        shape = self.shape
+        shape, (predictor_dim, predictor_heads) = self.shape, self.shape.predictor_shape()
+        heads = f"{shape.num_heads} heads" + (f" and {predictor_heads}" if shape.predictor_heads else "")
         taken = f", of which {self.taken} is taken" if self.taken else ""
         return (
             f"{self.path}: {self.kind}{taken}; encoder {shape.encoder_depth} x {shape.embed_dim}, predictor "
-            f"{shape.predictor_depth} x {shape.embed_dim}, {shape.num_heads} heads, {shape.n_registers} registers, "
+            f"{shape.predictor_depth} x {predictor_dim}, {heads}, {shape.n_registers} registers, "
             f"patches of {shape.patch_size}"
         )
 
@@ -91,6 +94,8 @@ def read_weights(path: Path) -> EncoderWeights:
     if not prefix:
         state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
     shape = _shape(state, path)
+    if unseen := {name: declared[name] for name in _UNSEEN if declared.get(name) not in (None, getattr(shape, name))}:
+        shape = config_of({"model": asdict(shape) | unseen}).model
     if unknown := declared.keys() - asdict(shape).keys():
         fields = ", ".join(sorted(map(str, unknown)))
         raise ValueError(f"{path} is of a newer version: its model's configuration has the unknown {fields}")
@@ -191,13 +196,17 @@ def _shape(state: Mapping[str, Tensor], path: Path) -> ModelConfig:
         _, n_registers, _ = state["registers"].shape
         _, head_dim = state["encoder.blocks.0.residual1.fn.rope.freqs"].shape
         heads = dim // head_dim
+        _, predictor_dim = state["mask_token"].shape
+        _, head_dim = state["decoder.blocks.0.residual1.fn.rope.freqs"].shape
+        predictor = {"predictor_dim": predictor_dim, "predictor_heads": predictor_dim // head_dim}
     except (KeyError, ValueError, ZeroDivisionError) as error:
         raise ValueError(
             f"the shape of the model cannot be told from the weights of {path}: expected patch_embed.weight "
-            "[dim, 3, patch, patch], registers [1, n, dim] and encoder.blocks.0.residual1.fn.rope.freqs [2, head_dim]"
+            "[dim, 3, patch, patch], registers [1, n, dim], mask_token [1, dim] and of encoder and decoder "
+            "blocks.0.residual1.fn.rope.freqs [2, head_dim]"
         ) from error
     depths = [
         len({name.split(".")[2] for name in state if name.startswith(f"{stack}.blocks.")})
         for stack in ("encoder", "decoder")
     ]
-    return ModelConfig(patch_size, dim, heads, *depths, n_registers=n_registers, drop_path_rate=0.0)
+    return ModelConfig(patch_size, dim, heads, *depths, n_registers=n_registers, drop_path_rate=0.0, **predictor)

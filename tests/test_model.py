@@ -324,9 +324,9 @@ def test_drop_path_counts() -> None:
 def test_values_come_last_where_that_takes_fewer_flop(queries, last) -> None:
     """A ViT-L: 16 heads, 1024 channels, 106 keys."""
 
-    assert transformer._values_come_last((queries,) * 3, (106,) * 3, 16, 1024) is last
+    assert transformer._values_come_last((queries,) * 3, (106,) * 3, 16, 1024, 1024) is last
     for ragged in (((queries, queries + 1), (106, 106)), ((queries, queries), (106, 105))):
-        assert not transformer._values_come_last(*ragged, 16, 1024)
+        assert not transformer._values_come_last(*ragged, 16, 1024, 1024)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.4])
