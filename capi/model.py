@@ -103,7 +103,7 @@ class Backbone(nn.Module):
         dim, predictor_dim = config.embed_dim, predictor[0]
         self.config = config
         self.out_layer = config.out_layer % layers
-        self.encoder = Transformer(*encoder, config.encoder_depth, SelfAttention, dim)
+        self.encoder = Transformer(*encoder, config.encoder_depth, SelfAttention)
         self.decoder = Transformer(*predictor, config.predictor_depth, CrossAttention, dim)
         self.mask_token = nn.Parameter(torch.empty(1, predictor_dim))
         self.registers = nn.Parameter(torch.empty(1, config.n_registers, dim))

@@ -289,9 +289,12 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self, dim: int, num_heads: int, depth: int, attention: type[Attention], context_dim: int):
+    def __init__(
+        self, dim: int, num_heads: int, depth: int, attention: type[Attention], context_dim: int | None = None
+    ):
         super().__init__()
-        self.blocks = nn.ModuleList(Block(dim, attention(dim, num_heads, context_dim)) for _ in range(depth))
+        of_each = dim, num_heads, context_dim or dim
+        self.blocks = nn.ModuleList(Block(dim, attention(*of_each)) for _ in range(depth))
         self.checkpoint_activations = False
         self.in_place = False
         """Without gradients and drop-path, add the residual branches to the x that is given, which is lost."""
