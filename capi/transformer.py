@@ -101,7 +101,7 @@ class Rope(nn.Module):
         super().__init__()
         self.freqs = nn.Parameter(torch.empty(2, head_dim), requires_grad=False)
 
-    def init_weights(self, highest: float, lowest: float) -> None:
+    def init_weights(self, highest: float = 7.0, lowest: float = 7e-4) -> None:
         """In periods over the image's side."""
         half = self.freqs.shape[1] // 2
         frequencies = 2 * torch.pi * highest * (highest / lowest) ** torch.linspace(0, -1, half // 2)
