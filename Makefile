@@ -5,6 +5,7 @@
 # make gpu [STAGES="tests steps heads attention report"] [OUT=FOLDER]: on a machine with a GPU, with what PYTHON has
 # installed, GPU tests, training steps and operations in at most 7 minutes; see benchmarks/gpu.py.
 # make carried: pure packages that such a machine may lack, in .carried: PYTHONPATH=.carried make gpu.
+# make pictures: the pictures of docs/images, of an encoder that is trained for them; see docs/pictures.py.
 PYTHON ?= python3
 DATA ?= synthetic
 ARGS ?=
@@ -26,7 +27,7 @@ STEPS ?=
 GPU_SECONDS ?= 400
 CARRIED := jsonargparse docstring_parser typeshed_client braceexpand xformers==0.0.35 nvidia-cuda-runtime-cu12
 
-.PHONY: train test test-instruction-sets bench gpu carried seeds clean
+.PHONY: train test test-instruction-sets bench gpu carried seeds pictures clean
 
 train: $(VENV)/.installed
 	$(VENV)/bin/python -m capi.train --data.source '$(DATA)' --data.num_workers $(WORKERS) --run.output_dir '$(RUN)' $(ARGS)
@@ -68,6 +69,12 @@ seeds: $(VENV)/.installed
 	  git log -1 --format='Commit %h.%n'; \
 	  $(VENV)/bin/python -m capi.evaluate runs/tiny-seed-0 runs/tiny-seed-1 runs/tiny-seed-2; \
 	} > benchmarks/results/tiny_seeds.md
+
+# The photographs come with packages of which nothing else is used.
+pictures: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install --quiet --no-deps --no-compile --upgrade --only-binary=:all: \
+	  --target .photographs scikit-image==0.26.0 scikit-learn==1.9.1
+	$(VENV)/bin/python -m docs.pictures .photographs
 
 $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)

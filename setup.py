@@ -49,7 +49,20 @@ setup(
     extras_require={
         "data": ["braceexpand", "datasets", "fsspec[http]"],
         "bench": ["beartype", "pytest", "pytest-benchmark", "torchvision", "xformers"],
-        # Triton's interpreter runs the kernels in the tests of a machine without a GPU; it is not on every platform.
-        "dev": ["beartype", "pytest", "pytest-benchmark", "pytest-xdist", "ruff", 'triton; platform_system == "Linux"'],
+        "hub": ["huggingface_hub"],
+        "onnx": ["onnx", "onnxscript"],
+        "dev": [
+            "beartype",
+            "huggingface_hub",
+            "onnx",
+            "onnxruntime",
+            "onnxscript",
+            "pytest",
+            "pytest-benchmark",
+            "pytest-xdist",
+            "ruff",
+            # Its interpreter runs the kernels in the tests of a machine without a GPU; it is not on every platform.
+            'triton; platform_system == "Linux"',
+        ],
     },
 )

@@ -1,7 +1,7 @@
 """Registers, spills and shared memory of every default kernel configuration, compiled for GPUs that need not be here.
 
-    python -m benchmarks.compile_report                # writes benchmarks/results/compile.md
-    python -m benchmarks.compile_report --check 80 90  # writes nothing; fails on a spill, or too much shared memory
+    python -m benchmarks.compile_report                       # writes benchmarks/results/compile.md
+    python -m benchmarks.compile_report --check sm_90 gfx942  # writes nothing; fails on a spill
 
 The configurations are those of `benchmarks/compile_cases`.
 """
@@ -9,11 +9,13 @@ The configurations are those of `benchmarks/compile_cases`.
 import argparse
 import importlib
 import os
+import re
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 if os.environ.get("TRITON_INTERPRET", "0") != "0":
@@ -23,11 +25,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from capi_kernels._capability import TARGETS
+from capi_kernels._capability import AMD, TARGETS, launch_options
 
 FAMILIES = ("heads", "attention", "optimizer")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # What a program may have.
+ARCHITECTURES = (*(f"sm_{target}" for target in TARGETS if target != AMD), "gfx942", "gfx950")
+SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64, "gfx950": 160}  # Of a program; others have 99.
 REPORT = Path(__file__).parent / "results/compile.md"
 
 
@@ -37,7 +40,11 @@ class Usage(NamedTuple):
     shared_bytes: int
 
 
-def usage(kernel, arguments: dict, options: dict, target: int) -> Usage:
+def capability_of(architecture: str) -> int:
+    return int(architecture[3:]) if architecture.startswith("sm_") else AMD
+
+
+def usage(kernel, arguments: dict, options: dict, architecture: str) -> Usage:
     """Compile one configuration and read what the assembler says of it."""
     assert list(arguments) == kernel.arg_names, f"expected {kernel.arg_names}, got {list(arguments)}"
     signature, constexprs, attributes = {}, {}, {}
@@ -56,7 +63,17 @@ def usage(kernel, arguments: dict, options: dict, target: int) -> Usage:
     for i, (name, value) in enumerate(arguments.items()):
         signature[name] = type_of(value, i)
     source = ASTSource(kernel, signature, constexprs, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    amd = capability_of(architecture) == AMD
+    target = GPUTarget("hip", architecture, 64) if amd else GPUTarget("cuda", capability_of(architecture), 32)
+    # Kernels ask the driver what they are compiled for.
+    triton.runtime.driver.set_active(SimpleNamespace(get_current_target=lambda: target))
+    compiled = triton.compile(source, target=target, options=launch_options(options, amd))
+    if amd:
+        registers, scratch = (
+            int(re.search(rf"\.{name}:\s*(\d+)", compiled.asm["amdgcn"])[1])
+            for name in ("vgpr_count", "private_segment_fixed_size")
+        )
+        return Usage(registers, scratch, compiled.metadata.shared)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
@@ -65,21 +82,25 @@ def usage(kernel, arguments: dict, options: dict, target: int) -> Usage:
     return Usage(int(fields["REG"]), int(fields["STACK"]), compiled.metadata.shared)
 
 
-def chosen(families: list[str], targets: list[int], sample: bool) -> dict[tuple[str, int], list[int]]:
-    """The targets for which to compile each case, (family, index).
+def chosen(families: list[str], targets: list[str], sample: bool) -> dict[tuple[str, int], list[str]]:
+    """The architectures for which to compile each case, (family, index).
 
-    A sample is one of each kernel and type of data: the last for the first target, the median for the others.
+    A sample is one of each kernel and type of data: the last for the first target, the median for others. Each is for
+    one target, and the types of a kernel are for different ones.
     """
     cases = {}
     for family in families:
-        for target in targets:
-            kinds = {}
-            for index, (name, kernel, _, _, *only) in enumerate(cases_of(family)):
-                if not only or target in only[0]:
-                    kinds.setdefault((kernel, name.split()[0]) if sample else index, []).append(index)
-            for indices in kinds.values():
-                index = indices[-1 if target == targets[0] else (len(indices) - 1) // 2]
-                cases.setdefault((family, index), []).append(target)
+        kinds = {}
+        for index, (name, kernel, _, _, *only) in enumerate(cases_of(family)):
+            kind = kinds.setdefault(kernel, {}).setdefault(name.split()[0] if sample else index, {})
+            for target in targets:
+                if not only or capability_of(target) in only[0]:
+                    kind.setdefault(target, []).append(index)
+        for first, types in enumerate(kinds.values()):
+            for turn, kind in enumerate(filter(None, types.values()), first):
+                for target in [list(kind)[turn % len(kind)]] if sample else kind:
+                    index = kind[target][-1 if target == targets[0] else (len(kind[target]) - 1) // 2]
+                    cases.setdefault((family, index), []).append(target)
     return {case: cases[case] for case in sorted(cases, key=lambda case: (families.index(case[0]), case[1]))}
 
 
@@ -87,7 +108,7 @@ def cases_of(family: str) -> list[tuple]:
     return importlib.import_module(f"benchmarks.compile_cases.{family}").CASES
 
 
-def row(family: str, index: int, wanted: list[int], targets: list[int]) -> tuple[str, list[str]]:
+def row(family: str, index: int, wanted: list[str], targets: list[str]) -> tuple[str, list[str]]:
     """A line of the table, and what is wrong in it."""
     name, kernel, arguments, options, *_ = cases_of(family)[index]
     cells, faults = [], []
@@ -98,7 +119,7 @@ def row(family: str, index: int, wanted: list[int], targets: list[int]) -> tuple
         used = usage(kernel, arguments, options, target)
         cells.append(f"{used.registers} / {used.spilled_bytes} / {used.shared_bytes / 1024:.1f}")
         limit = SHARED_KIB.get(target, 99)
-        where = f"{kernel.__name__} ({name}) on sm_{target}"
+        where = f"{kernel.__name__} ({name}) on {target}"
         if used.spilled_bytes:
             faults.append(f"{where} spills {used.spilled_bytes} bytes")
         if used.shared_bytes > 1024 * limit:
@@ -108,10 +129,12 @@ def row(family: str, index: int, wanted: list[int], targets: list[int]) -> tuple
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("targets", nargs="*", type=int, default=TARGETS, metavar="CAPABILITY")
+    parser.add_argument("targets", nargs="*", default=ARCHITECTURES, metavar="ARCHITECTURE", help="as sm_90 or gfx942")
     parser.add_argument("--check", action="store_true", help="write no report")
     parser.add_argument("--families", nargs="+", default=FAMILIES, help="files of benchmarks/compile_cases")
-    parser.add_argument("--sample", action="store_true", help="one configuration of each kernel and type of data")
+    parser.add_argument(
+        "--sample", action="store_true", help="one configuration of each kernel and type, for one target"
+    )
     arguments = parser.parse_args()
 
     lines = [
@@ -120,7 +143,7 @@ def main() -> None:
         f"Triton {triton.__version__}; registers a thread / bytes spilled a thread / KiB of shared memory a program.",
         "Made by `python -m benchmarks.compile_report`.",
         "",
-        "| kernel | configuration | warps | " + " | ".join(f"sm_{target}" for target in arguments.targets) + " |",
+        "| kernel | configuration | warps | " + " | ".join(arguments.targets) + " |",
         "|---|---|---|" + "---|" * len(arguments.targets),
     ]
     faults = []

@@ -22,7 +22,7 @@ from benchmarks.costs import Cost
 from benchmarks.measure import OURS, Measurement
 from benchmarks.timing import Contestant
 from capi.data.crops import Box, crop, random_box
-from capi.model import IMAGENET_MEAN, IMAGENET_STD
+from capi.images import IMAGENET_MEAN, IMAGENET_STD
 
 IMAGES = 32
 CROP_SCALE = (0.6, 1.0)

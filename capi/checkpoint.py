@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from capi.config import ModelConfig
-from capi.model import Student
+from capi.model import CAPI, Student
 
 logger = logging.getLogger(__name__)
 
@@ -164,3 +164,16 @@ def save_encoder(path: Path, student: Student, config: ModelConfig) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in student.state_dict().items()}
     metadata = {"config": json.dumps(asdict(config))}
     write_atomically(path, lambda file: save_file(tensors, file, metadata))
+
+
+def save_heads(path: Path, model: CAPI) -> None:
+    """Writes the teacher's clustering and the moving average's head, by the model's own key names.
+
+    Raises OSError as `write_atomically` does.
+    """
+    heads = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in model.state_dict().items()
+        if name.startswith(("teacher.head.", "student_ema.head."))
+    }
+    write_atomically(path, lambda file: save_file(heads, file))

@@ -225,6 +225,14 @@ class RunConfig:
     """Seconds that a stop signal waits for the end of the step; then the run leaves with the last whole one saved."""
     evaluate: bool = True
     """Draw pictures at every checkpoint, and finish with k-NN evaluations (on the held-out synthetic scenes)."""
+    evaluate_every: int = 0
+    """Steps between two evaluations of the moving average by k-NN and linear probes, and one at the end; 0: none. Rank
+    0 evaluates for four minutes at most, and the other ranks wait."""
+    evaluate_train: str | None = None
+    """Labelled images that these learn from, as `python -m capi.evaluate --train` takes them (10000 of them, with masks
+    500); the synthetic source needs none."""
+    evaluate_test: str | None = None
+    """Labelled images that they predict."""
 
 
 @dataclass

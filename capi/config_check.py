@@ -36,7 +36,7 @@ def check_config(config: Config, world_size: int = 1) -> None:
     for name in ("log_every", "checkpoint_every", "keep_checkpoints", "max_nan_steps"):
         if getattr(config.run, name) < 1:
             raise ValueError(f"run.{name} must be at least 1, got {getattr(config.run, name)}")
-    for name in ("profile", "stop_timeout"):
+    for name in ("profile", "stop_timeout", "evaluate_every"):
         if not getattr(config.run, name) >= 0:
             raise ValueError(f"run.{name} must not be negative, got {getattr(config.run, name)}")
     for name in ("target_temperature", "prediction_temperature", "student_temperature"):
@@ -67,6 +67,10 @@ def check_config(config: Config, world_size: int = 1) -> None:
             )
     if not data.source:
         raise ValueError("data.source must name the images (folder:PATH, hf:NAME, wds:PATTERN or synthetic), got none")
+    labelled = [name for name in ("evaluate_train", "evaluate_test") if getattr(config.run, name)]
+    if len(labelled) == 1 or (config.run.evaluate_every and not labelled and data.source != "synthetic"):
+        got = f"run.{labelled[0]} alone" if labelled else "neither"
+        raise ValueError(f"run.evaluate_every needs both run.evaluate_train and run.evaluate_test, got {got}")
 
 
 def _check_finite(values: Mapping, prefix: str) -> None:

@@ -4,6 +4,9 @@ Tokens are packed: the tokens of all images of a batch stand in one [tokens, dim
 images may keep different numbers of patches. State-dict keys are those of the authors' released code.
 """
 
+from collections.abc import Sequence
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -14,6 +17,8 @@ from capi.casting import CastsWeights
 from capi.config import ClusteringConfig, ModelConfig
 from capi.coordinates import Coordinates, grid_coordinates, with_registers
 from capi.drop_path import Branches, DropPath, TakeRows
+from capi.heads import OnlineClustering, PredictionHead
+from capi.images import normalize_images, resized
 from capi.masking import Masks
 from capi.transformer import (
     NORM_EPS,
@@ -25,28 +30,6 @@ from capi.transformer import (
     Transformer,
     pack,
 )
-from capi_kernels import Potentials, clustering_head, clustering_targets
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-def normalize_images(
-    images: Shaped[Tensor, "*images channels height width"],
-) -> Float[Tensor, "*images 3 height width"]:
-    """Maps bytes [..., 3, height, width] to fp32 of ImageNet's mean 0 and standard deviation 1.
-
-    Raises:
-        TypeError: the images are not uint8; of floats it cannot be told whether they reach to 1 or to 255.
-        ValueError: they have not three channels.
-    """
-    if not isinstance(images, Tensor) or images.dtype != torch.uint8:
-        got = images.dtype if isinstance(images, Tensor) else type(images).__name__
-        raise TypeError(f"images must be a tensor of torch.uint8, with values from 0 to 255, got {got}")
-    if images.ndim < 3 or images.shape[-3] != 3:
-        raise ValueError(f"images must have the shape [..., 3, height, width], got {tuple(images.shape)}")
-    mean, std = (_channels(values, images).unsqueeze(2) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return (images / 255 - mean) / std
 
 
 class PatchEmbed(nn.Conv2d, CastsWeights):
@@ -67,7 +50,7 @@ class PatchEmbed(nn.Conv2d, CastsWeights):
         if indices is not None:
             patches = patches.index_select(0, indices)
         if patches.dtype == torch.uint8:
-            patches = (patches / 255 - _channels(IMAGENET_MEAN, patches)) / _channels(IMAGENET_STD, patches)
+            patches = normalize_images(patches.unsqueeze(-1)).squeeze(-1)
         return F.linear(_padded(patches.flatten(1).to(weight.dtype)), weight, bias)
 
 
@@ -102,7 +85,8 @@ class Backbone(nn.Module):
             raise ValueError(f"model.out_layer must lie from {-layers} to {layers - 1}, got {config.out_layer}")
         dim, predictor_dim = config.embed_dim, predictor[0]
         self.config = config
-        self.out_layer = config.out_layer % layers
+        # As timm and the official code call them.
+        self.patch_size, self.embed_dim, self.num_prefix_tokens = config.patch_size, dim, config.n_registers
         self.encoder = Transformer(*encoder, config.encoder_depth, SelfAttention)
         self.decoder = Transformer(*predictor, config.predictor_depth, CrossAttention, dim)
         self.mask_token = nn.Parameter(torch.empty(1, predictor_dim))
@@ -111,6 +95,11 @@ class Backbone(nn.Module):
         self._kept: dict[tuple[tuple[int, int], torch.device], Coordinates] = {}
         self.enc_norm = RMSNorm(dim, eps=NORM_EPS, elementwise_affine=False)
         self.dec_norm = RMSNorm(predictor_dim, eps=NORM_EPS, elementwise_affine=False)
+
+    @property
+    def out_layer(self) -> int:
+        """The encoder's layer that features are of: how many of its blocks come before it."""
+        return self.config.out_layer % (len(self.encoder.blocks) + 1)
 
     @torch.no_grad()
     def init_weights(self) -> "Backbone":
@@ -137,6 +126,13 @@ class Backbone(nn.Module):
 
         As far as `layer`, by default the last.
         """
+        x, packed, counts = self._embed(images, masks)
+        return self.enc_norm(self.encoder(x, packed, counts, branches=branches, n_blocks=layer)), packed, counts
+
+    def _embed(
+        self, images: Shaped[Tensor, "images 3 height width"], masks: Masks | None = None
+    ) -> tuple[Float[Tensor, "tokens dim"], Packed, tuple[int, ...]]:
+        """What goes into the encoder's first block."""
         grid = self._grid(images)
         n_images, n_tokens, n_registers = images.shape[0], grid[0] * grid[1], self.config.n_registers
         x = self.patch_embed(images, None if masks is None else masks.visible_indices)
@@ -158,7 +154,7 @@ class Backbone(nn.Module):
             where = coords, masks.visible_indices // n_tokens, packed, self.config.scale_registers
             x, coords = _interleaved(registers, of_grid.edge, x, *where)
             packed = packed._replace(coords=coords)
-        return self.enc_norm(self.encoder(x, packed, counts, branches=branches, n_blocks=layer)), packed, counts
+        return x, packed, counts
 
     def predict(
         self,
@@ -177,33 +173,77 @@ class Backbone(nn.Module):
         return self.dec_norm(self.decoder(x, packed, masks.predict_counts, *context, branches))
 
     def forward(
-        self, images: Shaped[Tensor, "images 3 height width"]
+        self,
+        images: Shaped[Tensor, "images 3 height width"],
+        *,
+        layers: Sequence[int] | None = None,
+        resize: int | tuple[int, int] | Literal["multiple"] | None = None,
     ) -> tuple[
         Float[Tensor, "images predictor_dim"],
-        Float[Tensor, "images registers dim"],
-        Float[Tensor, "images rows columns dim"],
+        Float[Tensor, "images registers dim"] | list[Float[Tensor, "images registers dim"]],
+        Float[Tensor, "images rows columns dim"] | list[Float[Tensor, "images rows columns dim"]],
     ]:
         """Features of whole images: a global vector, the registers, and a map of patch features.
 
         The global vector is the mean, over all positions, of what the predictor's first block says of them.
+
+        Args:
+            layers: the layers whose registers and maps are wanted, which then are lists, in this order: 0 is what goes
+                into the first block, k what comes out of the k-th, -1 the last. All have the encoder's final norm, as
+                in the official code; it has no weights. By default `model.out_layer` alone, not in lists.
+            resize: for images of any size: (height, width), the pixels of the shorter side, or "multiple", as
+                `resized` has it.
+
+        Raises:
+            ValueError: sides that do not divide by the patch, or a layer that is not there.
         """
-        grid, n_images = self._grid(images), images.shape[0]
-        context, context_packed, _ = self.encode(images)
+        if resize is not None:
+            images = resized(images, self.config.patch_size, resize)
+        grid, n_images, depth = self._grid(images), images.shape[0], len(self.encoder.blocks)
+        if any(not -depth - 1 <= layer <= depth for layer in layers or ()):
+            raise ValueError(f"layers must be numbers from {-depth - 1} to {depth}, got {list(layers)}")
+        wanted = [self.out_layer] if layers is None else [layer % (depth + 1) for layer in layers]
+        outputs = {}
+        if wanted == [depth]:
+            context, context_packed, _ = self.encode(images)
+        else:
+            x, context_packed, _ = self._embed(images)
+            for number, block in enumerate(self.encoder.blocks):
+                if number in wanted:
+                    outputs[number] = self.enc_norm(x)
+                x = block(x, context_packed)
+            context = self.enc_norm(x)
+        outputs[depth] = context
         coords = self._coordinates(grid, images.device).patches.repeat(n_images, 1)
         counts = (grid[0] * grid[1],) * n_images
         x = self.mask_token.to(context.dtype).expand(coords.shape[0], -1)
         predicted = self.dec_norm(self.decoder.blocks[0](x, pack(counts, coords), context, context_packed))
-        if self.out_layer < len(self.encoder.blocks):
-            context, _, _ = self.encode(images, layer=self.out_layer)
-        features = context.unflatten(0, (n_images, -1))
-        registers, patches = features.split([self.config.n_registers, counts[0]], dim=1)
-        return predicted.unflatten(0, (n_images, -1)).mean(1), registers, patches.unflatten(1, grid)
+        global_vector = predicted.unflatten(0, (n_images, -1)).mean(1)
+        pairs = [self._registers_and_map(outputs[number], grid) for number in wanted]
+        if layers is None:
+            return global_vector, *pairs[0]
+        return global_vector, [registers for registers, _ in pairs], [feature_map for _, feature_map in pairs]
+
+    def forward_features(
+        self, images: Shaped[Tensor, "images 3 height width"]
+    ) -> Float[Tensor, "images registers_and_patches dim"]:
+        """The encoder's tokens, as timm has them: `num_prefix_tokens` registers, then the patches, row by row."""
+        tokens, _, counts = self.encode(images, layer=self.out_layer)
+        return tokens.unflatten(0, (-1, counts[0]))
+
+    def _registers_and_map(
+        self, tokens: Float[Tensor, "tokens dim"], grid: tuple[int, int]
+    ) -> tuple[Float[Tensor, "images registers dim"], Float[Tensor, "images rows columns dim"]]:
+        n_registers, n_patches = self.config.n_registers, grid[0] * grid[1]
+        registers, patches = tokens.unflatten(0, (-1, n_registers + n_patches)).split([n_registers, n_patches], dim=1)
+        return registers, patches.unflatten(1, grid)
 
     def _grid(self, images: Tensor) -> tuple[int, int]:
         rows, columns = (side // self.config.patch_size for side in images.shape[-2:])
         if images.shape[-2:] != (rows * self.config.patch_size, columns * self.config.patch_size):
             raise ValueError(
-                f"image sides must be multiples of the patch size {self.config.patch_size}, got {tuple(images.shape)}"
+                f"image sides must be multiples of the patch size {self.config.patch_size}, got {tuple(images.shape)}; "
+                "with resize= they are made so"
             )
         return rows, columns
 
@@ -252,91 +292,6 @@ def _interleaved(
     at = low + edge * (high - low) if scaled else edge.expand(n_images, -1, -1)
     coords = torch.cat([at.flatten(0, 1), coords]).index_select(0, tokens)
     return TakeRows.apply(torch.cat([registers.flatten(0, 1), x]), tokens, place), coords
-
-
-def _channels(values: tuple[float, ...], like: Tensor) -> Float[Tensor, "3 1"]:
-    # Made on the device: torch.tensor would copy from memory that is not pinned, and wait for the GPU.
-    channel = torch.arange(3, device=like.device).unsqueeze(1)
-    first, second, third = values
-    return torch.where(channel == 0, first, torch.where(channel == 1, second, third))
-
-
-class WeightNormLinear(nn.Module):
-    """x W^T with W = v g / (|v| + 1e-8), row by row."""
-
-    def __init__(self, dim: int, n_prototypes: int):
-        super().__init__()
-        self.weight_g = nn.Parameter(torch.empty(n_prototypes, 1))
-        self.weight_v = nn.Parameter(torch.empty(n_prototypes, dim))
-
-    def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch prototypes"]:
-        norm = self.weight_v.norm(dim=1, keepdim=True)
-        return F.linear(x, (self.weight_v * (self.weight_g / (norm + 1e-8))).to(x.dtype))
-
-
-class PredictionHead(nn.Module):
-    """The student's head: cosine similarities to the prototypes, scaled by g."""
-
-    def __init__(self, dim: int, n_prototypes: int):
-        super().__init__()
-        self.last_layer = WeightNormLinear(dim, n_prototypes)
-
-    def init_weights(self) -> "PredictionHead":
-        nn.init.trunc_normal_(self.last_layer.weight_v, std=0.02)
-        nn.init.ones_(self.last_layer.weight_g)
-        return self
-
-    def forward(self, x: Float[Tensor, "predicted dim"]) -> Float[Tensor, "predicted prototypes"]:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return self.last_layer(F.normalize(wide, dim=-1, eps=1e-12).to(x.dtype))
-
-
-class OnlineClustering(nn.Module):
-    """The teacher's head: a linear layer to the prototypes, trained on its own Sinkhorn-balanced assignment."""
-
-    def __init__(self, dim: int, config: ClusteringConfig):
-        super().__init__()
-        self.config = config
-        self.layer = nn.Linear(dim, config.n_prototypes, bias=config.bias)
-
-    def init_weights(self) -> "OnlineClustering":
-        nn.init.normal_(self.layer.weight)
-        if self.layer.bias is not None:
-            nn.init.zeros_(self.layer.bias)
-        return self
-
-    def forward(self, features: Float[Tensor, "images positions dim"]) -> tuple[Float[Tensor, ""], Potentials]:
-        """The clustering loss over all patches, and the potentials of their assignments."""
-        out = clustering_head(
-            features.transpose(0, 1),
-            self.layer.weight,
-            self.layer.bias,
-            target_temperature=self.config.target_temperature,
-            prediction_temperature=self.config.prediction_temperature,
-            n_iterations=self.config.n_sinkhorn_iterations,
-            positionwise=self.config.positionwise,
-        )
-        return out.loss, out.potentials
-
-    def targets(
-        self,
-        features: Float[Tensor, "images positions dim"],
-        potentials: Potentials,
-        rows: Int[Tensor, "selected"],
-        first_image: int = 0,
-    ) -> Float[Tensor, "selected prototypes"]:
-        """The assignments of the batch-flat `rows` of `features`, in their order.
-
-        The potentials may be those of more images, of which the first of `features` is number `first_image`.
-        """
-        return clustering_targets(
-            features.flatten(0, 1).index_select(0, rows),
-            self.layer.weight,
-            self.layer.bias,
-            potentials,
-            rows + first_image * features.shape[1],
-            target_temperature=self.config.target_temperature,
-        )
 
 
 class Student(nn.Module):

@@ -4,20 +4,25 @@
 """
 
 import argparse
+import hashlib
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from http.client import HTTPException
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import yaml
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from capi.checkpoint import write_atomically
 from capi.config import ClusteringConfig, Config, DataConfig, ModelConfig, config_of
 from capi.model import Backbone
-from capi.weight_files import EncoderWeights, check_shape, find_file, read_weights
+from capi.weight_files import EXPORTS, EncoderWeights, check_shape, find_file, read_teacher_head, read_weights
 
 OFFICIAL = "https://dl.fbaipublicfiles.com/capi"
 OFFICIAL_WEIGHTS = {
@@ -30,14 +35,24 @@ OFFICIAL_WEIGHTS = {
 logger = logging.getLogger(__name__)
 
 
-def load(name: str | Path, config: ModelConfig | None = None) -> Backbone:
+class Prototypes(NamedTuple):
+    """The teacher's clustering: logits of the prototypes are weight x / |x| + bias."""
+
+    weight: Float[Tensor, "prototypes dim"]
+    bias: Float[Tensor, " prototypes"] | None
+
+
+def load(name: str | Path, config: ModelConfig | None = None, *, weights: str = "ema") -> Backbone:
     """Loads a frozen backbone in evaluation mode; call it on ImageNet-normalised images, or on bytes.
 
     Args:
-        name: one of the official names `capi_vitl14_{lvd,p205,in22k,in1k}` (downloaded once to PyTorch's hub folder), a
-            run's folder (its exported encoder, or its newest checkpoint), or a file: an exported encoder, a training
-            checkpoint (its moving average is taken), or any state dict of safetensors or torch.save.
+        name: one of the official names `capi_vitl14_{lvd,p205,in22k,in1k}` (downloaded once to PyTorch's hub folder,
+            where later loads check that it is the same still), a run's folder (its exported encoder, or its newest
+            checkpoint), the folder of a Hugging Face repository, or a file: an exported encoder, a training checkpoint,
+            or any state dict of safetensors or torch.save. No code from a file is run.
         config: the shape that the model must have; by default that of the weights.
+        weights: of a training's two encoders the moving average ("ema"), which is the teacher, or the "student"
+            itself, which checkpoints alone hold.
 
     Returns:
         A module that maps float [images, 3, height, width] to the global vector [images, dim], the registers
@@ -45,22 +60,102 @@ def load(name: str | Path, config: ModelConfig | None = None) -> Backbone:
 
     Raises:
         ValueError: neither an official name nor a file or folder, a download that failed, a file that cannot be read
-            or holds no encoder, or weights that do not fit the configuration.
+            or holds no such encoder, or weights that do not fit the configuration.
     """
-    weights = read(name)
+    found = read(name, weights=weights)
     if config is not None:
-        check_shape(config, weights)
-    return build(weights)
+        check_shape(config, found)
+    return build(found)
 
 
-def read(name: str | Path) -> EncoderWeights:
+def load_prototypes(name: str | Path) -> Prototypes:
+    """The teacher's prototypes, float32 on the CPU: what `clusters` needs to say which of them a patch takes.
+
+    Args:
+        name: as for `load`: a run's folder, a checkpoint, an exported encoder (beside it lies `heads.safetensors`), the
+            folder of a Hugging Face repository; or `heads.safetensors` itself.
+
+    Returns:
+        weight [prototypes, dim] and bias [prototypes], which is None where the run was without.
+
+    Raises:
+        ValueError: a name that is none, a file that cannot be read, or one without prototypes, as the official files.
+    """
+    path = _find(name, "ema")
+    head = read_teacher_head(path)
+    weight, bias = head.get("layer.weight"), head.get("layer.bias")
+    if weight is None:
+        raise ValueError(f"{path} comes without prototypes: expected a run's folder, a checkpoint or heads.safetensors")
+    if weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
+        shapes = [list(x.shape) for x in (weight, bias) if x is not None]
+        raise ValueError(f"the prototypes of {path} must be [prototypes, dim] and [prototypes], got {shapes}")
+    # Copies: those of a file that is mapped would go with it.
+    return Prototypes(weight.float().clone(), None if bias is None else bias.float().clone())
+
+
+def clusters(features: Float[Tensor, "*positions dim"], prototypes: Prototypes) -> Int[Tensor, "*positions"]:
+    """argmax_k of weight_k x / |x| + bias_k: which prototype the teacher is for, before Sinkhorn balances a batch.
+
+    Args:
+        features: patches as the moving average's encoder gives them: a feature map, on any device.
+        prototypes: those of the same run.
+
+    Raises:
+        ValueError: features of another width than the prototypes.
+    """
+    weight, bias = (None if x is None else x.to(features.device) for x in prototypes)
+    if features.shape[-1] != weight.shape[1]:
+        raise ValueError(f"features must have the prototypes' {weight.shape[1]} channels, got {features.shape[-1]}")
+    rows = F.normalize(features.flatten(0, -2).float(), dim=-1, eps=1e-7).split(4096)  # logits of all take gigabytes
+    chosen = [F.linear(x, weight, bias).argmax(-1) for x in rows]
+    return torch.cat(chosen).view(features.shape[:-1])
+
+
+@torch.no_grad()
+def features_of(
+    backbone: Backbone, batches: Iterable, *, resize: int | tuple[int, int] | Literal["multiple"] | None = None
+) -> Iterator[tuple]:
+    """Features of the batches of a DataLoader, one after the other: global vectors, registers, feature maps.
+
+    Args:
+        backbone: what `load` gives, on any device, in any precision.
+        batches: images [images, 3, height, width], bytes or normalised floats; or tuples of them and of whatever else
+            the loader gives, such as labels.
+        resize: as the backbone takes it.
+
+    Yields:
+        The three, float32 on the CPU, then whatever else the batch had: `for vectors, _, maps, labels in ...`.
+
+    Raises:
+        ValueError, TypeError: batches of something else.
+    """
+    device = next(backbone.parameters()).device
+    for batch in batches:
+        images, *others = batch if isinstance(batch, tuple | list) else (batch,)
+        if not isinstance(images, Tensor) or images.ndim != 4:
+            got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+            raise TypeError(f"batches must begin with images [images, 3, height, width], got {got}")
+        outputs = backbone(images.to(device, non_blocking=True), resize=resize)
+        yield *(x.float().cpu() for x in outputs), *others
+
+
+def read(name: str | Path, *, weights: str = "ema") -> EncoderWeights:
     """The weights that `load` would load; ValueError as there."""
+    if str(name) in OFFICIAL_WEIGHTS and weights == "ema":
+        return _read_official(OFFICIAL_WEIGHTS[str(name)])
+    return read_weights(_find(name, weights), weights)
+
+
+def _find(name: str | Path, weights: str) -> Path:
+    """The file that a name of other than the official ones stands for."""
+    if weights not in ("ema", "student"):
+        raise ValueError(f"weights must be ema or student, got {weights}")
     if not isinstance(name, str | Path):
         raise ValueError(f"expected the name or the path of an encoder, got {type(name).__name__}")
     if str(name) in OFFICIAL_WEIGHTS:
-        return read_weights(_download(OFFICIAL_WEIGHTS[str(name)]))
+        raise ValueError(f"{name} has the moving average alone: expected a run for its student or its prototypes")
     try:
-        path = find_file(Path(name))
+        path = find_file(Path(name), weights)
         found = path.is_file()
     except (OSError, RuntimeError) as error:  # a name too long, a home that is not known
         raise ValueError(f"{str(name)[:200]} cannot be read: {error}") from error
@@ -69,7 +164,7 @@ def read(name: str | Path) -> EncoderWeights:
         raise ValueError(
             f"expected the path of a .safetensors or .pth file or of a run folder, or one of {expected}; got {name}"
         )
-    return read_weights(path)
+    return path
 
 
 def build(weights: EncoderWeights) -> Backbone:
@@ -82,29 +177,37 @@ def build(weights: EncoderWeights) -> Backbone:
     return backbone.eval().requires_grad_(False)
 
 
-def configuration_of(weights: EncoderWeights, image_size: int | None = None) -> Config:
-    """The configuration of the run that the encoder is of; where it is not known, of images of 16 patches a side.
+def run_configuration(weights: EncoderWeights) -> Config | None:
+    """The configuration of the run that the encoder is of; None where it is not known.
 
-    It stands in a checkpoint, and in the `config.yaml` beside an exported encoder. `image_size` takes the place of its
-    own; ValueError if that is no multiple of the patch size, or what is read is no configuration of this encoder.
+    It stands in a checkpoint, and in the `config.yaml` beside an exported encoder. ValueError if what is read is no
+    configuration of this encoder.
     """
-    beside = weights.path.with_name("config.yaml")
     if weights.run_config is not None:
-        config = config_of(weights.run_config)
-    elif weights.path.name == "encoder.safetensors" and beside.is_file():
-        try:
-            values = yaml.safe_load(beside.read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ValueError(f"{beside} cannot be read: {' '.join(str(error).split())}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{beside} must hold the configuration of a run, got {str(values)[:80]}")
-        config = config_of(values)
-        check_shape(config.model, weights)
-    else:
-        model = weights.shape
-        config = Config(
-            model=model, data=DataConfig(image_size=16 * model.patch_size), clustering=ClusteringConfig(n_prototypes=1)
-        )
+        return config_of(weights.run_config)
+    beside = weights.path.with_name("config.yaml")
+    if weights.path.name not in EXPORTS or not beside.is_file():
+        return None
+    try:
+        values = yaml.safe_load(beside.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{beside} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{beside} must hold the configuration of a run, got {str(values)[:80]}")
+    config = config_of(values)
+    check_shape(config.model, weights)
+    return config
+
+
+def configuration_of(weights: EncoderWeights, image_size: int | None = None) -> Config:
+    """`run_configuration`, or where it is not known, one of images of 16 patches a side.
+
+    `image_size` takes the place of its own; ValueError if that is no multiple of the patch size, or as there.
+    """
+    config = run_configuration(weights)
+    if config is None:
+        data = DataConfig(image_size=16 * weights.shape.patch_size)
+        config = Config(model=weights.shape, data=data, clustering=ClusteringConfig(n_prototypes=1))
     patch_size, image_size = config.model.patch_size, image_size or config.data.image_size
     if image_size < patch_size or image_size % patch_size:
         raise ValueError(f"the image size must be a multiple of the patch size {patch_size}, got {image_size}")
@@ -129,16 +232,45 @@ def _check_tensors(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], 
         raise ValueError(f"the weights of {path} do not make an encoder: {'; '.join(faults)}")
 
 
-def _download(file: str) -> Path:
-    """The path of an official file in PyTorch's hub folder, downloaded if it is not there."""
+def _read_official(file: str) -> EncoderWeights:
+    """An official file, from PyTorch's hub folder; downloaded if it is not there, and checked to be as it was at first.
+
+    Its checksum is recorded beside it once it has been read: none is published.
+    """
     path = Path(torch.hub.get_dir()) / "checkpoints" / file
-    if not path.exists():
+    record = path.with_name(f"{file}.sha256")
+    fresh = not path.exists()
+    if fresh:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(f"{OFFICIAL}/{file}", str(path))
+            torch.hub.download_url_to_file(f"{OFFICIAL}/{file}", str(path), progress=sys.stderr.isatty())
         except (OSError, HTTPException) as error:
-            raise ValueError(f"{OFFICIAL}/{file} cannot be downloaded to {path}: {error}") from error
-    return path
+            raise ValueError(
+                f"{OFFICIAL}/{file} cannot be downloaded to {path}: {error}; without a network, put the file there"
+            ) from error
+    try:
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        expected = record.read_text().split()[0] if record.exists() else None
+    except (OSError, UnicodeDecodeError, IndexError) as error:
+        raise ValueError(f"{path} or its checksum in {record} cannot be read: {error}") from error
+    if expected not in (None, digest):
+        raise ValueError(
+            f"{path} is not what it was at its first load: its SHA-256 is {digest}, {record.name} says {expected}; "
+            "remove both to download it again"
+        )
+    try:
+        weights = read_weights(path)
+    except ValueError:
+        if fresh:
+            path.unlink()  # A connection that breaks early leaves part of a file; the next try begins anew.
+        raise
+    if expected is None:
+        try:
+            write_atomically(record, lambda part: part.write_text(f"{digest}  {file}\n"))  # as sha256sum has it
+        except OSError as error:
+            logger.warning("the checksum of %s is not recorded: %s", path, error)
+    return weights
 
 
 def main(argv: Sequence[str] | None = None) -> int:

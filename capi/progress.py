@@ -8,10 +8,12 @@ from tqdm import tqdm
 
 from capi.config import Config
 from capi.distributed import World, average
+from capi.evaluate.on_the_way import Evaluator
 from capi.metrics import AssignmentStatistics, MetricsWriter, entropy_floor, peak_flops, training_flop_per_image
 from capi.profiling import HostTime
 from capi.step import StepResult, Trainer
 from capi.step_graph import graphs_obstacle
+from capi.stopping import StopRequest
 
 logger = logging.getLogger("capi")
 
@@ -31,6 +33,10 @@ class Rates:
 
     def step_ends(self) -> None:
         self.steps += 1
+
+    def leave_out(self, seconds: float) -> None:
+        """Does not count the last so many seconds."""
+        self.began += seconds
 
     def read(self) -> dict[str, float]:
         elapsed, host = time.perf_counter() - self.began, self.host.since(self.host_began)
@@ -85,6 +91,19 @@ def log_step(
     bar.set_postfix_str(
         f"loss {loss:.3f}, target entropy {entropy:.3f}, {values['images_per_second']:.0f} images/s", refresh=False
     )
+
+
+def log_evaluation(
+    trainer: Trainer, evaluator: Evaluator, step: int, rates: Rates, writer: MetricsWriter, stop: StopRequest
+) -> None:
+    """Writes one line of scores of the moving average; on rank 0. The rates leave out the time that it takes."""
+    began = time.perf_counter()
+    with trainer.host.phase("evaluation"):
+        scores = evaluator.evaluate(trainer.model.student_ema.eval().backbone, stop)
+    rates.leave_out(time.perf_counter() - began)
+    if scores:
+        writer.write(step, scores)
+        logger.info("step %d: %s", step + 1, ", ".join(f"{name} {score:.3f}" for name, score in scores.items()))
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 import yaml
 
-from capi.checkpoint import save_encoder, write_atomically
+from capi.checkpoint import save_encoder, save_heads, write_atomically
 from capi.data import evaluation_images
 from capi.evaluate import evaluate_synthetic, format_table
-from capi.model import CAPI, normalize_images
+from capi.model import CAPI
 from capi.step import Trainer
-from capi.visualize import plot_curves, plot_pca_maps
+from capi.visualize import draw_pca, feature_map, plot_curves
 
 logger = logging.getLogger(__name__)
 
@@ -39,16 +39,19 @@ class Results:
             The files written.
 
         Raises:
-            OSError: the encoder could not be written.
+            OSError: the encoder or the heads could not be written.
         """
         config, encoder = self._trainer.config, self._run_dir / "encoder.safetensors"
+        heads = self._run_dir / "heads.safetensors"
         save_encoder(encoder, self._trainer.model.student_ema, config.model)
+        save_heads(heads, self._trainer.model)
         if not config.run.evaluate:
-            return [encoder]
+            return [encoder, heads]
         patience = _PATIENCE_AT_THE_END if at_the_end else _PATIENCE
         return [
             encoder,
-            *self._draw("curves.png", lambda png: plot_curves(self._run_dir / "metrics.jsonl", png)),
+            heads,
+            *self._draw("curves.png", lambda png: plot_curves([self._run_dir], png)),
             *self._draw("features.png", lambda png: self._plot_features(png, patience)),
         ]
 
@@ -83,10 +86,15 @@ class Results:
         backbone = self._trainer.model.student_ema.eval().backbone
         compile_ = self._trainer.config.run.compile
         compiled = compile_ == "on" or (compile_ == "auto" and self._trainer.world.device.type == "cuda")
+        patch_size = self._trainer.config.model.patch_size
+        # As fine as this many passes over each image make it: the maps of small images have but few patches.
+        finer = next(n for n in (4, 3, 2, 1) if patch_size % n == 0)
         # Nothing is compiled anew for these few images. (To say so takes seconds.)
-        with torch.no_grad(), torch.compiler.set_stance("force_eager") if compiled else nullcontext():
-            _, _, feature_maps = backbone(normalize_images(images.to(self._trainer.world.device)))
-        plot_pca_maps(images, feature_maps.float().cpu(), png)
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            pictures = list(images)
+            maps = [feature_map(backbone, picture, patch_size, finer=finer) for picture in pictures]
+        encoder = f"Encoder of {self._run_dir}. "
+        draw_pca(pictures, maps, cell=patch_size // finer, encoder=encoder).save(png, format="PNG")
 
 
 def _in_background(work: Callable[[], object]) -> Future:

@@ -15,11 +15,12 @@ from capi.config import Config, load_config
 from capi.config_check import check_config
 from capi.data.prefetch import DevicePrefetcher
 from capi.distributed import World, any_rank, join_world
+from capi.evaluate.on_the_way import Evaluator
 from capi.fp8 import fp8_obstacle
 from capi.masking import check_masking
 from capi.metrics import AssignmentStatistics, MetricsWriter
 from capi.profiling import WARM_UP_STEPS, StepProfiler
-from capi.progress import Rates, announce, log_step
+from capi.progress import Rates, announce, log_evaluation, log_step
 from capi.results import Results
 from capi.resume import Start, begin, run_folder, together
 from capi.saving import Checkpoints, Diverged, check_finite, goes_on_from
@@ -42,6 +43,7 @@ def train(config: Config, world: World, stop: StopRequest) -> int:
             optimiser states are not.
     """
     together(lambda: _check(config, world))
+    evaluator = together(lambda: Evaluator(config) if world.is_main and config.run.evaluate_every else None)
     run_dir = Path(config.run.output_dir)
     with run_folder(run_dir, world) as folder:
         trainer = Trainer(config, world)
@@ -51,7 +53,7 @@ def train(config: Config, world: World, stop: StopRequest) -> int:
             announce(config, trainer, start.step)
         if start.stream is not None:
             with logging_redirect_tqdm():  # a log line does not break the progress bar
-                signum = _run_steps(trainer, start, run_dir, results, stop)
+                signum = _run_steps(trainer, start, run_dir, results, stop, evaluator)
             if signum is not None:
                 return 128 + signum
         return together(lambda: _finish(config, results, run_dir) if world.is_main else 0)
@@ -71,7 +73,9 @@ def _check(config: Config, world: World) -> None:
         raise ValueError(f"run.teacher_precision is fp8, but {obstacle}; expected auto")
 
 
-def _run_steps(trainer: Trainer, begun: Start, run_dir: Path, results: Results, stop: StopRequest) -> int | None:
+def _run_steps(
+    trainer: Trainer, begun: Start, run_dir: Path, results: Results, stop: StopRequest, evaluator: Evaluator | None
+) -> int | None:
     """Trains from the steps done to the end, or to a stop signal, which it returns."""
     config, world, start = trainer.config, trainer.world, begun.step
     n_tokens = (config.data.image_size // config.model.patch_size) ** 2
@@ -120,6 +124,8 @@ def _run_steps(trainer: Trainer, begun: Start, run_dir: Path, results: Results, 
                 bar.update()
                 if done % config.run.checkpoint_every == 0 or last:
                     checkpoints.save(done)
+                if evaluator is not None and (done % config.run.evaluate_every == 0 or last):
+                    log_evaluation(trainer, evaluator, step, rates, writer, stop)
             if any_rank(stop.signum is not None):
                 return stop.signum or signal.SIGTERM
     finally:

@@ -3,7 +3,7 @@
 The tokens of all images of a batch stand in one [tokens, dim] array, image after image.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -100,6 +100,14 @@ class Rope(nn.Module):
     def __init__(self, head_dim: int):
         super().__init__()
         self.freqs = nn.Parameter(torch.empty(2, head_dim), requires_grad=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Rope":
+        """`to(torch.bfloat16)` moves the frequencies and leaves them in float32: rounded, they turn by 0.1 radian."""
+        exact = self.freqs.data
+        super()._apply(fn, recurse)
+        if torch.finfo(self.freqs.dtype).bits < torch.finfo(exact.dtype).bits:
+            self.freqs.data = exact.to(self.freqs.device)
+        return self
 
     def init_weights(self, highest: float = 7.0, lowest: float = 7e-4) -> None:
         """In periods over the image's side."""
@@ -236,7 +244,7 @@ class Residual(nn.Module):
         self,
         x: Float[Tensor, "tokens dim"],
         subset: Subset | None,
-        *arguments: Tensor | Packed | bool,
+        *arguments: Tensor | Packed | None,
         in_place: bool = False,
     ) -> Float[Tensor, "tokens dim"]:
         if in_place:

@@ -19,6 +19,10 @@ from torch import Tensor
 from capi.checkpoint import newest_checkpoint
 from capi.config import ModelConfig, config_of
 
+EXPORTS = ("encoder.safetensors", "model.safetensors")
+"""How an exported encoder is called in a run's folder, and in that of a Hugging Face repository."""
+HEADS = "heads.safetensors"
+"""What lies beside it: the teacher's clustering, and the student's head."""
 # What DataParallel, torch.compile, FSDP and activation checkpointing put between the names of modules.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # What of a configuration the weights do not show.
@@ -40,40 +44,50 @@ class EncoderWeights:
     """The name of the encoder within it; empty where it is all there is."""
     state: dict[str, Tensor]
     """By the keys of `Backbone`; may lie in the mapped file."""
+    head: dict[str, Tensor]
+    """Those of the student's head beside it in the file, by the keys of `PredictionHead`; empty where there is none."""
     shape: ModelConfig
     run_config: Mapping | None
     """The configuration of the run, where it stands in the file."""
 
     def __str__(self) -> str:
+        taken = f", of which {self.taken} is taken" if self.taken else ""
+        return f"{self.path}: {self.kind}{taken}; {self.description}"
+
+    @property
+    def description(self) -> str:
+        """The shape of the model, in words."""
         shape, (predictor_dim, predictor_heads) = self.shape, self.shape.predictor_shape()
         heads = f"{shape.num_heads} heads" + (f" and {predictor_heads}" if shape.predictor_heads else "")
-        taken = f", of which {self.taken} is taken" if self.taken else ""
         return (
-            f"{self.path}: {self.kind}{taken}; encoder {shape.encoder_depth} x {shape.embed_dim}, predictor "
-            f"{shape.predictor_depth} x {predictor_dim}, {heads}, {shape.n_registers} registers, "
-            f"patches of {shape.patch_size}"
+            f"encoder {shape.encoder_depth} x {shape.embed_dim}, predictor {shape.predictor_depth} x {predictor_dim}, "
+            f"{heads}, {shape.n_registers} registers, patches of {shape.patch_size}"
         )
 
 
-def find_file(path: Path) -> Path:
-    """The file itself, or of a run folder its exported encoder or newest checkpoint; ValueError if there is none."""
+def find_file(path: Path, weights: str = "ema") -> Path:
+    """The file itself, or of a folder its exported encoder or newest checkpoint; ValueError if there is none.
+
+    A student stands in checkpoints alone.
+    """
     path = path.expanduser()
     if not path.is_dir():
         return path
-    if (path / "encoder.safetensors").is_file():
-        return path / "encoder.safetensors"
+    exports = [path / name for name in EXPORTS if (path / name).is_file() and weights == "ema"]
     newest = newest_checkpoint(path.parent if path.name == "checkpoints" else path)
-    if newest is None:
-        raise ValueError(f"expected encoder.safetensors or checkpoints/step_*.pt in {path}, found neither")
-    return newest
+    found = [*exports, *([] if newest is None else [newest])]
+    if not found:
+        expected = "encoder.safetensors or checkpoints/step_*.pt" if weights == "ema" else "checkpoints/step_*.pt"
+        raise ValueError(f"expected {expected} in {path}, found n{'either' if weights == 'ema' else 'one'}")
+    return found[0]
 
 
-def read_weights(path: Path) -> EncoderWeights:
-    """Reads the encoder of a file; of several the moving average, which is the teacher.
+def read_weights(path: Path, weights: str = "ema") -> EncoderWeights:
+    """Reads the encoder of a file; of several the moving average, which is the teacher, or the student.
 
     Raises:
-        ValueError: the file cannot be read, holds anything but tensors and plain values, no encoder or several, or
-            says another shape of model than its weights have.
+        ValueError: the file cannot be read, holds anything but tensors and plain values, no such encoder or several,
+            or says another shape of model than its weights have.
     """
     content, metadata = _load(path)
     kind, run_config, declared = "a state dict", None, {}
@@ -84,15 +98,13 @@ def read_weights(path: Path) -> EncoderWeights:
         declared = run_config.get("model") if isinstance(run_config, Mapping) else None
         if not isinstance(declared, Mapping):
             raise ValueError(f"{path} is a training checkpoint whose configuration of the model is missing")
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in _tensors(content, path):
-        if name in tensors:
-            raise ValueError(f"{path} holds the weights {name} twice, once in a wrapper")
-        tensors[name] = tensor
-    prefix = _encoder_prefix(tensors, path)
+    tensors = _tensors_of(content, path)
+    prefix = _encoder_prefix(tensors, path, weights)
     state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    root = prefix.removesuffix("backbone.")
+    head = {name.removeprefix(f"{root}head."): x for name, x in tensors.items() if name.startswith(f"{root}head.")}
     if not prefix:
-        state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(("head.", "teacher.head."))}
     shape = _shape(state, path)
     if unseen := {name: declared[name] for name in _UNSEEN if declared.get(name) not in (None, getattr(shape, name))}:
         shape = config_of({"model": asdict(shape) | unseen}).model
@@ -100,7 +112,27 @@ def read_weights(path: Path) -> EncoderWeights:
         fields = ", ".join(sorted(map(str, unknown)))
         raise ValueError(f"{path} is of a newer version: its model's configuration has the unknown {fields}")
     _compare(declared, shape, f"the configuration in {path} does not fit its weights")
-    return EncoderWeights(path, kind, prefix.removesuffix("."), state, shape, run_config)
+    return EncoderWeights(path, kind, prefix.removesuffix("."), state, head, shape, run_config)
+
+
+def read_teacher_head(path: Path) -> dict[str, Tensor]:
+    """The clustering's weights that belong to an encoder's file, by the keys of `OnlineClustering`.
+
+    They stand in the file itself, or beside an exported encoder in `heads.safetensors` or in a checkpoint; empty where
+    they are nowhere. ValueError: a file that cannot be read, or several such heads in it.
+    """
+    if path.name in EXPORTS:
+        newest = newest_checkpoint(path.parent)
+        if path.with_name(HEADS).is_file():
+            path = path.with_name(HEADS)
+        elif newest is not None:
+            path = newest
+    tensors = _tensors_of(_load(path)[0], path)
+    of_teacher = re.compile(r"(?:.*\.)?teacher\.head\.(layer\.(?:weight|bias))")
+    found = [(match[1], tensor) for name, tensor in tensors.items() if (match := of_teacher.fullmatch(name))]
+    if len(dict(found)) < len(found):
+        raise ValueError(f"{path} holds several clusterings: expected one teacher.head.layer.weight")
+    return dict(found)
 
 
 def check_shape(config: ModelConfig, weights: EncoderWeights) -> None:
@@ -155,6 +187,15 @@ def _parse(config: str, path: Path) -> Mapping:
     return declared
 
 
+def _tensors_of(content: object, path: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in _tensors(content, path):
+        if name in tensors:
+            raise ValueError(f"{path} holds the weights {name} twice, once in a wrapper")
+        tensors[name] = tensor
+    return tensors
+
+
 def _tensors(content: object, path: Path) -> Iterator[tuple[str, Tensor]]:
     """The tensors of nested dictionaries, by their dotted names without wrappers."""
     stack = [((), content)]
@@ -169,8 +210,8 @@ def _tensors(content: object, path: Path) -> Iterator[tuple[str, Tensor]]:
             stack += [((*names, name), child) for name, child in value.items()]
 
 
-def _encoder_prefix(tensors: Mapping[str, Tensor], path: Path) -> str:
-    """What stands before the encoder's names."""
+def _encoder_prefix(tensors: Mapping[str, Tensor], path: Path, weights: str) -> str:
+    """What stands before the names of the encoder that is asked for."""
     last = "patch_embed.weight"
     prefixes = [name.removesuffix(last) for name in tensors if name == last or name.endswith(f".{last}")]
     prefixes = [prefix for prefix in prefixes if any(name.startswith(f"{prefix}encoder.blocks.") for name in tensors)]
@@ -183,6 +224,11 @@ def _encoder_prefix(tensors: Mapping[str, Tensor], path: Path) -> str:
         return 0 if "ema" in words else 1 if "teacher" in words else 2
 
     best = [prefix for prefix in prefixes if rank(prefix) == min(map(rank, prefixes))]
+    if weights == "student":
+        best = [prefix for prefix in prefixes if rank(prefix) == 2 and ("student" in prefix or len(prefixes) > 1)]
+        if not best:
+            found = " and ".join(prefix.removesuffix(".") or "one without a prefix" for prefix in prefixes)
+            raise ValueError(f"{path} holds no student: expected a training checkpoint, got the encoder {found} alone")
     if len(best) > 1:
         names = ", ".join(sorted(prefix.removesuffix(".") or "one without a prefix" for prefix in best)[:5])
         raise ValueError(f"{path} holds several encoders, none of them called ema or teacher alone: {names}")

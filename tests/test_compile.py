@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from capi_kernels import Potentials, sinkhorn_potentials
+from capi_kernels._capability import AMD, capability, launch_options
+from capi_kernels.attention import configs
 
 OPS = torch.ops.capi_kernels
 
@@ -23,14 +25,26 @@ def run_python(*arguments: str | Path, environment: dict[str, str] | None = None
 
 
 def test_no_default_configuration_spills() -> None:
-    """One of each kernel and type of data, thrice; `python -m benchmarks.compile_report` compiles them all."""
+    """One of each kernel and type of data, dealt to the targets; `python -m benchmarks.compile_report` compiles all."""
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[1])
     lines = run_python(
-        "-m", "benchmarks.compile_report", "--check", "--sample", "80", "90", "120", environment=environment
+        "-m",
+        "benchmarks.compile_report",
+        "--check",
+        "--sample",
+        "sm_80",
+        "sm_90",
+        "sm_120",
+        "gfx942",
+        environment=environment,
     ).splitlines()
-    compiled = {(kernel.strip(), name.split()[0].rstrip(",")) for _, kernel, name, *_ in (x.split("|") for x in lines)}
+    targets = {}
+    for _, kernel, name, _, *cells, _ in (line.split("|") for line in lines):
+        where = targets.setdefault((kernel.strip(), name.split()[0].rstrip(",")), set())
+        where.update(i for i, cell in enumerate(cells) if cell.strip())
+    assert all(targets.values())
     half, every = ("bf16", "fp16"), ("bf16", "fp16", "fp32")
     for types, kernels in (
         (half, ("short_forward_kernel", "few_forward_kernel", "pack_kernel")),
@@ -38,7 +52,20 @@ def test_no_default_configuration_spills() -> None:
         (every, ("rotate_kernel", "tiled_forward_kernel", "tiled_dq_kernel", "tiled_dkdv_kernel")),
         (every, ("column_step_kernel", "row_step_kernel", "head_rows_kernel", "student_rows_kernel")),
     ):
-        assert set(product(kernels, types)) <= compiled
+        assert set(product(kernels, types)) <= targets.keys()
+        for kernel in kernels:
+            assert len(set.union(*(targets[kernel, name] for name in types))) >= len(types)
+
+
+def test_amd_gpus_get_what_their_compiler_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No limit on registers, at most 16 warps of 64 threads, no kernel that asks for more than 64 KiB on chip."""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert capability(torch.device("cuda")) == AMD
+    assert launch_options({"num_warps": 32, "maxnreg": 128, "BLOCK": 64}, amd=True) == {"num_warps": 16, "BLOCK": 64}
+    assert launch_options({"num_warps": 1}, amd=True) == {"num_warps": 1}
+    assert launch_options({"num_warps": 32, "maxnreg": 128}, amd=False) == {"num_warps": 32, "maxnreg": 128}
+    assert configs.short_forward(torch.bfloat16, 64, 106, 106, AMD) is None
+    assert configs.short_backward(torch.bfloat16, 64, 106, 106, False, AMD) is None
 
 
 # Of torch 2.14, within its own check.

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from images import PHOTOGRAPH, encoded, gradient
-from PIL import Image, JpegImagePlugin
+from PIL import Image, ImageOps, JpegImagePlugin
 
-from capi.data.crops import centre_box, crop, random_box
+from capi.data.crops import centre_box, crop, random_box, whole
 
 SIZE = 8
 
@@ -336,3 +336,30 @@ class TestRandomBox:
     )
     def test_falls_back_to_the_centre(self, size: tuple, expected: tuple):
         assert random_box(*size, (0.99, 1.0), np.random.default_rng(0)) == expected
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_whole_image_is_upright_and_of_its_own_size(orientation) -> None:
+    image = gradient(37, 21)
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(encoded(image, exif=exif)))))
+    np.testing.assert_array_equal(whole(encoded(image, exif=exif), lambda own: own), upright)
+
+
+@pytest.mark.parametrize("longer", [1, 10, 300])
+def test_the_whole_image_has_the_longer_side_that_is_wanted(longer) -> None:
+    photograph = Image.open(io.BytesIO(PHOTOGRAPH))
+    shorter = max(1, round(longer * min(photograph.size) / max(photograph.size)))
+    assert photograph.width < photograph.height
+    pixels = whole(PHOTOGRAPH, lambda own: longer if own == photograph.height else 0)
+    assert pixels.shape == (longer, shorter, 3)
+    if longer > 1:
+        expected = np.asarray(photograph.resize((shorter, longer), Image.Resampling.BICUBIC)).astype(int)
+        assert np.abs(pixels - expected).mean() < 2
+
+
+def test_the_whole_of_sixteen_bits_is_scaled_to_eight() -> None:
+    deep = np.linspace(0, 65535, 12 * 20).reshape(12, 20).astype(np.uint16)
+    pixels = whole(encoded(Image.fromarray(deep)), lambda own: own)
+    np.testing.assert_array_equal(pixels, np.repeat((deep / 257).round().astype(np.uint8)[..., None], 3, axis=2))

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import asdict
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 
@@ -49,6 +50,12 @@ def test_links_between_files_resolve(page) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         if "://" not in target:
             assert (DOCS / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_exist(page) -> None:
+    for module in re.findall(r"python -m ([\w.]+)", page.read_text()):
+        assert find_spec(module), module
 
 
 def test_every_official_key_has_a_row_that_says_what_it_is_here() -> None:

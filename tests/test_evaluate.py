@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from capi import evaluate, pretrained
+from capi import pretrained
 from capi.checkpoint import save_checkpoint, save_encoder
 from capi.config import Config, load_config, to_yaml
 from capi.evaluate import (
@@ -21,7 +21,9 @@ from capi.evaluate import (
     main,
     mean_iou,
     patch_labels,
+    synthetic,
 )
+from capi.evaluate.probes import Grid
 from capi.model import CAPI
 
 
@@ -183,7 +185,8 @@ def test_features_are_those_of_normalised_images_whatever_the_batch():
 def small(monkeypatch) -> Config:
     """A small evaluation of small images."""
     for name, value in {"BANK_IMAGES": 256, "QUERY_IMAGES": 128, "BANK_PATCHES": 1024, "QUERY_PATCHES": 512}.items():
-        monkeypatch.setattr(evaluate, f"_{name}", value)
+        monkeypatch.setattr(synthetic, f"_{name}", value)
+    monkeypatch.setattr(synthetic, "_GRID", Grid((1e-1,), (0.0,), iterations=25))
     size = ["--data.image_size", "16", "--model.patch_size", "4", "--model.embed_dim", "16", "--model.num_heads", "1"]
     return load_config(["--config", "tiny", *size])
 
@@ -218,7 +221,7 @@ class ColouredScenes:
 
 
 def test_a_patch_is_compared_with_its_own_label(small, monkeypatch):
-    monkeypatch.setattr(evaluate, "SyntheticScenes", ColouredScenes)
+    monkeypatch.setattr(synthetic, "SyntheticScenes", ColouredScenes)
     results = evaluate_synthetic(small, {"patches": Patches(4), "constant": Constant(4)})
     for name in ("patches", "raw pixels"):
         assert results[name]["patch_accuracy"] == 1
@@ -228,24 +231,24 @@ def test_a_patch_is_compared_with_its_own_label(small, monkeypatch):
 
 def test_held_out_scenes_are_no_training_scenes(small):
     bank, queries, training = (
-        evaluate._scenes(32, 16, seed)[0] for seed in (evaluate._BANK_SEED, evaluate._QUERY_SEED, small.run.seed)
+        synthetic._scenes(32, 16, seed)[0] for seed in (synthetic._BANK_SEED, synthetic._QUERY_SEED, small.run.seed)
     )
     for one, other in (bank, queries), (bank, training), (queries, training):
         assert not (one[:, None] == other[None]).all(dim=(2, 3, 4)).any()
 
 
 def test_table_has_a_row_a_feature():
-    row = {"image_accuracy": 0.5, "patch_accuracy": 0.25, "patch_miou": 0.125}
+    row = {"image_accuracy": 0.5, "image_linear": 0.75, "patch_accuracy": 0.25, "patch_miou": 0.125}
     table = format_table({"trained": row, "raw pixels": dict.fromkeys(row, 1.0)}).splitlines()
     assert len(table) == 4
-    assert table[2] == "| trained | 0.500 | 0.250 | 0.125 |"
-    assert table[3] == "| raw pixels | 1.000 | 1.000 | 1.000 |"
+    assert table[2] == "| trained | 0.500 | 0.750 | 0.250 | 0.125 |"
+    assert table[3] == "| raw pixels | 1.000 | 1.000 | 1.000 | 1.000 |"
 
 
 @pytest.fixture
 def smallest(small, monkeypatch) -> Config:
     for name, value in {"BANK_IMAGES": 48, "QUERY_IMAGES": 32, "BANK_PATCHES": 256, "QUERY_PATCHES": 128}.items():
-        monkeypatch.setattr(evaluate, f"_{name}", value)
+        monkeypatch.setattr(synthetic, f"_{name}", value)
     return small
 
 

@@ -8,7 +8,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.flop_counter import FlopCounterMode
 
-from capi import model, transformer
+from capi import heads, transformer
 from capi.config import load_config
 from capi.data import ImageStream
 from capi.distributed import World
@@ -200,9 +200,9 @@ def test_flop_equal_what_pytorch_counts_in_a_step(other, monkeypatch):
 
         monkeypatch.setattr(transformer, name, unpacked)
     monkeypatch.setattr(transformer, "_values_come_last", lambda *_: False)
-    monkeypatch.setattr(model, "clustering_head", reference.clustering_head)
+    monkeypatch.setattr(heads, "clustering_head", reference.clustering_head)
     monkeypatch.setattr(
-        model, "clustering_targets", lambda features, weight, *_, **__: torch.ones(len(features), len(weight))
+        heads, "clustering_targets", lambda features, weight, *_, **__: torch.ones(len(features), len(weight))
     )
     options = ["--data.synthetic_size", "4", "--optim.batch_size", str(batch_size), "--run.device", "cpu"]
     config = load_config(["--config", "tiny", *options, *other])

@@ -13,11 +13,10 @@ from capi import transformer
 from capi.casting import cast_weights
 from capi.config import ClusteringConfig, MaskingConfig, ModelConfig
 from capi.drop_path import Branches, DropPath, draw, received, send, subsets
+from capi.images import IMAGENET_MEAN, IMAGENET_STD, resized
 from capi.masking import Masks, cumulative_lengths, sample_masks
 from capi.model import (
     CAPI,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     Backbone,
     PatchEmbed,
     normalize_images,
@@ -547,3 +546,99 @@ def test_bytes_are_normalised_on_the_way() -> None:
     _, masks = make_batch()
     torch.testing.assert_close(backbone.predict(images, masks), backbone.predict(normalize_images(images), masks))
     torch.testing.assert_close(backbone(images)[2], backbone(normalize_images(images))[2])
+
+
+@pytest.fixture
+def encoder() -> Backbone:
+    torch.manual_seed(0)
+    return Backbone(SHAPE).init_weights().eval().requires_grad_(False)
+
+
+def test_layers_are_those_of_the_blocks_with_the_final_norm(encoder) -> None:
+    images, seen = torch.randn(2, 3, 12, 20), []
+    encoder.encoder.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    for block in encoder.encoder.blocks:
+        block.register_forward_hook(lambda _, inputs, output: seen.append(output))
+    last = encoder(images)
+    global_vector, registers, maps = encoder(images, layers=[-1, 0, 1, -2])
+    assert torch.equal(global_vector, last[0])
+    for place, number in enumerate([2, 0, 1, 1]):
+        tokens = torch.nn.functional.rms_norm(seen[number], (32,), eps=1e-5).unflatten(0, (2, -1))
+        assert torch.equal(registers[place], tokens[:, :4])
+        assert torch.equal(maps[place], tokens[:, 4:].unflatten(1, (3, 5)))
+    assert torch.equal(maps[0], last[2])
+    assert encoder(images, layers=[])[1:] == ([], [])
+    for layers in ([3], [-4, 0]):
+        with pytest.raises(ValueError, match=r"layers must be numbers from -3 to 2, got \["):
+            encoder(images, layers=layers)
+
+
+def test_tokens_as_timm_and_sizes_as_the_official_code_have_them(encoder) -> None:
+    images = torch.randn(2, 3, 12, 20)
+    tokens, (_, registers, feature_map) = encoder.forward_features(images), encoder(images)
+    assert torch.equal(tokens[:, : encoder.num_prefix_tokens], registers)
+    assert torch.equal(tokens[:, encoder.num_prefix_tokens :], feature_map.flatten(1, 2))
+    assert (encoder.patch_size, encoder.embed_dim) == (4, 32) == (SHAPE.patch_size, tokens.shape[-1])
+
+
+@pytest.mark.parametrize(
+    ("size", "resize", "expected"),
+    [
+        ((13, 21), "multiple", (12, 20)),
+        ((14, 3), "multiple", (16, 4)),  # a tie goes to the even number of patches
+        ((1, 1), "multiple", (4, 4)),
+        ((30, 50), 16, (16, 28)),
+        ((50, 30), 16, (28, 16)),
+        ((17, 17), 8, (8, 8)),
+        ((30, 50), (20, 8), (20, 8)),
+    ],
+)
+def test_images_of_any_size_are_resized(size, resize, expected, encoder) -> None:
+    images = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
+    fitted = resized(images, 4, resize)
+    assert fitted.shape == (2, 3, *expected)
+    assert fitted.dtype == torch.uint8
+    with pytest.raises(ValueError, match=r"multiples of the patch size 4, got .*; with resize= they are made so$"):
+        encoder(images)
+    for one, other in zip(encoder(images, resize=resize), encoder(fitted), strict=True):
+        assert torch.equal(one, other)
+    half = resized(normalize_images(images).half(), 4, resize)
+    assert half.dtype == torch.float16
+    # Rounding to bytes and to half precision, and what overshoots the range of bytes.
+    assert float((half - normalize_images(fitted)).abs().median()) < 0.02
+
+
+def test_resizing_averages_and_leaves_what_fits(encoder) -> None:
+    images = torch.rand(1, 3, 64, 64)
+    assert resized(images, 4, (64, 64)) is images
+    assert resized(images, 4, "multiple") is images
+    noise = torch.randint(0, 256, (1, 3, 256, 256), dtype=torch.uint8)
+    assert float(resized(noise, 4, 32).float().std()) < 20  # without antialiasing about 50
+    edge = torch.tensor([0, 255], dtype=torch.uint8).repeat_interleave(8).expand(1, 3, 16, 16)
+    left, right = resized(edge, 4, 32).split(16, dim=-1)
+    assert int(left.max()) < 128 <= int(right.min())  # what overshoots does not wrap round
+    for resize in (30, 0, -4, (16, 18), (0, 4)):
+        with pytest.raises(ValueError, match=r"resize must be multiples of the patch size 4: .*; got"):
+            encoder(images, resize=resize)
+    with pytest.raises(ValueError, match="must have pixels"):
+        encoder(images[..., :0], resize=16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("by", ["to", "autocast"])
+def test_half_precision_keeps_exact_frequencies(dtype, by, encoder) -> None:
+    """Frequencies rounded to bfloat16 turn the last channels by a tenth of a radian."""
+    images = torch.randint(0, 256, (2, 3, 48, 80), dtype=torch.uint8)
+    expected, frequencies = encoder(images), encoder.encoder.blocks[0].residual1.fn.rope.freqs.clone()
+    if by == "to":
+        encoder.to(dtype)
+        actual = encoder(images)
+    else:
+        with torch.autocast("cpu", dtype):
+            actual = encoder(images)
+    assert torch.equal(encoder.encoder.blocks[0].residual1.fn.rope.freqs, frequencies)
+    for low, exact in zip(actual, expected, strict=True):
+        assert low.dtype == dtype
+        error = (low.float() - exact).abs().max() / exact.abs().max()
+        assert error < 4 * torch.finfo(dtype).eps, error
+    assert encoder.double().encoder.blocks[0].residual1.fn.rope.freqs.dtype == torch.float64

@@ -1,8 +1,11 @@
 import argparse
+import hashlib
 import json
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,10 +14,10 @@ import yaml
 from safetensors.torch import save_file
 
 from capi import pretrained
-from capi.checkpoint import save_checkpoint, save_encoder
-from capi.config import Config, ModelConfig, load_config, to_yaml
+from capi.checkpoint import save_checkpoint, save_encoder, save_heads
+from capi.config import ModelConfig, load_config, to_yaml
 from capi.distributed import World
-from capi.model import Student
+from capi.model import CAPI, Student
 from capi.step import Trainer
 
 SHAPE = ModelConfig(patch_size=4, embed_dim=16, num_heads=2, encoder_depth=2, predictor_depth=1, n_registers=4)
@@ -78,8 +81,47 @@ def test_an_official_name_is_downloaded_once(student, tmp_path, monkeypatch) -> 
     assert (tmp_path / "hub" / "checkpoints" / "capi_vitl14_i22k.pth").exists()
     (tmp_path / "capi_vitl14_i22k.pth").unlink()
     assert_same_features(pretrained.load("capi_vitl14_in22k"), student)
-    with pytest.raises(ValueError, match=r"capi_vitl14_lvd.pth cannot be downloaded to "):
+    with pytest.raises(ValueError, match=r"capi_vitl14_lvd.pth cannot be downloaded to .*; without a network, put the"):
         pretrained.load("capi_vitl14_lvd")
+    for ask in (partial(pretrained.load, weights="student"), pretrained.load_prototypes):
+        with pytest.raises(ValueError, match="has the moving average alone: expected a run"):
+            ask("capi_vitl14_in22k")
+
+
+def test_an_official_file_that_changed_is_not_loaded(student, tmp_path, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(pretrained, "OFFICIAL", tmp_path.as_uri())
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    source, cached = tmp_path / "capi_vitl14_i22k.pth", tmp_path / "hub" / "checkpoints" / "capi_vitl14_i22k.pth"
+    torch.save(student.state_dict(), source)
+    whole = source.read_bytes()
+    source.write_bytes(whole[:-1000])
+    with pytest.raises(ValueError, match="cannot be read as weights"):
+        pretrained.load("capi_vitl14_in22k")
+    assert list(cached.parent.iterdir()) == []  # The next load tries anew.
+    source.write_bytes(whole)
+    pretrained.load("capi_vitl14_in22k")
+    record = cached.with_name(f"{cached.name}.sha256")
+    assert record.read_text() == f"{hashlib.sha256(whole).hexdigest()}  {cached.name}\n"
+    assert_same_features(pretrained.load("capi_vitl14_in22k"), student)
+
+    torch.save({name: tensor + 1 for name, tensor in student.state_dict().items()}, cached)
+    with pytest.raises(ValueError, match=r"is not what it was at its first load: .* remove both to download it again"):
+        pretrained.load("capi_vitl14_in22k")
+    assert cached.exists()
+    record.write_text("")
+    with pytest.raises(ValueError, match="or its checksum in"):
+        pretrained.load("capi_vitl14_in22k")
+    record.unlink()
+    monkeypatch.setattr(pretrained, "write_atomically", raises(OSError("read-only")))
+    pretrained.load("capi_vitl14_in22k")
+    assert "is not recorded: read-only" in caplog.text
+
+
+def raises(error: Exception) -> Callable:
+    def function(*arguments):
+        raise error
+
+    return function
 
 
 @pytest.mark.parametrize(
@@ -134,7 +176,7 @@ def test_two_encoders_of_one_kind_are_not_chosen_between(student, tmp_path) -> N
         pretrained.load(tmp_path / "two.pth")
 
 
-def write_checkpoint(run_dir: Path, step: int, seed: int) -> tuple[Config, Student]:
+def write_checkpoint(run_dir: Path, step: int, seed: int) -> CAPI:
     """A checkpoint as training writes it, whose moving average differs from the student."""
     options = ["--clustering.n_prototypes", "8", "--data.image_size", "8", "--run.seed", str(seed)]
     config = replace(load_config(options), model=replace(SHAPE, drop_path_rate=0.1))
@@ -144,11 +186,11 @@ def write_checkpoint(run_dir: Path, step: int, seed: int) -> tuple[Config, Stude
             parameter.add_(0.1)
     state = {"step": step, "trainer": trainer.state_dict(), "streams": [], "config": yaml.safe_load(to_yaml(config))}
     save_checkpoint(run_dir, step, state, keep=3)
-    return config, trainer.model.student_ema.eval()
+    return trainer.model.eval()
 
 
 def test_a_training_checkpoint_gives_its_moving_average_and_says_so(tmp_path, caplog) -> None:
-    _, ema = write_checkpoint(tmp_path, 4, seed=0)
+    ema = write_checkpoint(tmp_path, 4, seed=0).student_ema
     caplog.set_level(logging.INFO)
     assert_same_features(pretrained.load(tmp_path / "checkpoints" / "step_000000004.pt"), ema)
     (record,) = caplog.records
@@ -158,7 +200,7 @@ def test_a_training_checkpoint_gives_its_moving_average_and_says_so(tmp_path, ca
 
 def test_a_run_folder_gives_its_export_or_its_newest_checkpoint(student, tmp_path, monkeypatch) -> None:
     write_checkpoint(tmp_path, 4, seed=0)
-    _, newest = write_checkpoint(tmp_path, 8, seed=1)
+    newest = write_checkpoint(tmp_path, 8, seed=1).student_ema
     assert_same_features(pretrained.load(tmp_path), newest)
     assert_same_features(pretrained.load(str(tmp_path / "checkpoints")), newest)
     save_encoder(tmp_path / "encoder.safetensors", student, SHAPE)
@@ -167,6 +209,83 @@ def test_a_run_folder_gives_its_export_or_its_newest_checkpoint(student, tmp_pat
     assert_same_features(pretrained.load(f"~/{tmp_path.name}"), student)
     (tmp_path / "encoder.safetensors").rename(tmp_path / "ENCODER.SAFETENSORS")
     assert_same_features(pretrained.load(f"~/{tmp_path.name}/ENCODER.SAFETENSORS"), student)
+
+
+def test_a_checkpoint_gives_its_student_where_that_is_asked_for(student, tmp_path) -> None:
+    model = write_checkpoint(tmp_path, 4, seed=0)
+    save_encoder(tmp_path / "encoder.safetensors", student, SHAPE)
+    for name in (tmp_path, tmp_path / "checkpoints" / "step_000000004.pt"):
+        assert_same_features(pretrained.load(name, weights="student"), model.student)
+    with pytest.raises(ValueError, match=r"holds no student: expected a training checkpoint, got the encoder backbone"):
+        pretrained.load(tmp_path / "encoder.safetensors", weights="student")
+    (tmp_path / "checkpoints").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"expected checkpoints/step_\*.pt in .*, found none"):
+        pretrained.load(tmp_path, weights="student")
+    with pytest.raises(ValueError, match="weights must be ema or student, got teacher"):
+        pretrained.load(tmp_path, weights="teacher")
+
+
+def test_prototypes_are_found_wherever_a_run_leaves_them(student, tmp_path) -> None:
+    layer = write_checkpoint(tmp_path, 4, seed=0).teacher["head"].layer
+    names = [tmp_path, tmp_path / "checkpoints" / "step_000000004.pt"]
+
+    def assert_found(names: list[Path], layer: torch.nn.Linear) -> None:
+        for name in names:
+            for ours, expected in zip(pretrained.load_prototypes(name), (layer.weight, layer.bias), strict=True):
+                assert torch.equal(ours, expected)
+
+    assert_found(names, layer)
+    save_encoder(tmp_path / "encoder.safetensors", student, SHAPE)
+    names.append(tmp_path / "encoder.safetensors")
+    assert_found(names, layer)
+    newer = write_checkpoint(tmp_path / "other", 4, seed=1)
+    save_heads(tmp_path / "heads.safetensors", newer)
+    assert_found([tmp_path, names[2], tmp_path / "heads.safetensors"], newer.teacher["head"].layer)
+
+
+def test_prototypes_that_are_not_there_or_no_prototypes(student, tmp_path) -> None:
+    torch.save(student.state_dict(), tmp_path / "capi.pth")
+    with pytest.raises(ValueError, match=r"capi.pth comes without prototypes: expected a run's folder, a checkpoint"):
+        pretrained.load_prototypes(tmp_path / "capi.pth")
+    names = ("teacher.head.layer.weight", "x.teacher.head.layer.weight", "teacher.head.layer.bias")
+    save_file({name: torch.zeros(3, 4) for name in names[:2]}, tmp_path / "two.safetensors")
+    save_file({name: torch.zeros(3, 4) for name in names[::2]}, tmp_path / "shape.safetensors")
+    save_file({names[0]: torch.zeros(3, 4)}, tmp_path / "none.safetensors")
+    with pytest.raises(ValueError, match="holds several clusterings"):
+        pretrained.load_prototypes(tmp_path / "two.safetensors")
+    with pytest.raises(ValueError, match=r"must be \[prototypes, dim\] and \[prototypes\], got \[\[3, 4\], \[3, 4\]\]"):
+        pretrained.load_prototypes(tmp_path / "shape.safetensors")
+    assert pretrained.load_prototypes(tmp_path / "none.safetensors").bias is None
+
+
+def test_clusters_are_the_largest_logits_of_the_teacher(tmp_path) -> None:
+    teacher = write_checkpoint(tmp_path, 4, seed=0).teacher["head"]
+    with torch.no_grad():
+        teacher.layer.bias.uniform_(-2, 2)
+    prototypes = pretrained.Prototypes(teacher.layer.weight.detach(), teacher.layer.bias.detach())
+    features = 7 * torch.randn(2, 48, 50, 16)
+    logits = teacher.layer(torch.nn.functional.normalize(features, dim=-1))
+    assert torch.equal(pretrained.clusters(features, prototypes), logits.argmax(-1))
+    unbiased = pretrained.clusters(features, prototypes._replace(bias=None))
+    assert torch.equal(unbiased, (logits - teacher.layer.bias).argmax(-1))
+    with pytest.raises(ValueError, match="the prototypes' 16 channels, got 8"):
+        pretrained.clusters(features[..., :8], prototypes)
+
+
+def test_features_of_the_batches_of_a_loader(student) -> None:
+    images, labels = torch.randint(0, 256, (5, 3, 14, 9), dtype=torch.uint8), torch.arange(5)
+    backbone = student.backbone.requires_grad_(False)
+    expected = backbone(images, resize="multiple")
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), batch_size=2)
+    *features, seen = zip(*pretrained.features_of(backbone, loader, resize="multiple"), strict=True)
+    assert torch.equal(torch.cat(seen), labels)
+    for ours, theirs in zip(features, expected, strict=True):
+        torch.testing.assert_close(torch.cat(ours), theirs, rtol=0, atol=1e-5)
+    (of_floats,) = pretrained.features_of(backbone.to(torch.bfloat16), [torch.randn(2, 3, 8, 8)])
+    assert [x.dtype for x in of_floats] == [torch.float32] * 3
+    for batch in ([labels], [{"images": images}], images):
+        with pytest.raises(TypeError, match=r"batches must begin with images \[images, 3, height, width\], got "):
+            list(pretrained.features_of(backbone, batch))
 
 
 class Touch:
@@ -277,10 +396,12 @@ def test_what_is_no_file_or_does_not_fit(student, tmp_path) -> None:
 
 
 def test_half_precision_is_widened(student, tmp_path) -> None:
-    torch.save({name: x.half() for name, x in student.state_dict().items()}, tmp_path / "half.pth")
+    half = {name: x.half() for name, x in student.state_dict().items()}
+    torch.save(half, tmp_path / "half.pth")
     loaded = pretrained.load(tmp_path / "half.pth")
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
-    assert_same_features(loaded, student.half().float())
+    student.load_state_dict(half)
+    assert_same_features(loaded, student)
 
 
 def test_the_command_line_describes_files_and_lists_names(student, tmp_path, capsys) -> None:

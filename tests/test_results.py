@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from tiny_runs import metrics_of, tiniest
 
 from capi import pretrained, results
@@ -57,6 +58,9 @@ def assert_encoder_is_of_the_checkpoint(run_dir: Path) -> None:
     saved = load_newest_checkpoint(run_dir)["trainer"]["model"]
     for name, tensor in exported.items():
         assert torch.equal(tensor, saved[f"student_ema.backbone.{name}"]), name
+    heads = load_file(run_dir / "heads.safetensors")
+    assert set(heads) == {name for name in saved if name.startswith(("teacher.head.", "student_ema.head."))}
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in heads.items())
 
 
 def test_encoder_and_pictures_are_there_at_every_checkpoint(arguments, run_dir, before_step) -> None:

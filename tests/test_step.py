@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks import step_graph, step_launches
 from benchmarks.gate import Gate
 from capi import drop_path, fp8, model, transformer
+from capi import images as image_ops
 from capi.casting import WeightCopies
 from capi.config import Config
 from capi.distributed import World
@@ -122,7 +123,7 @@ def read_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def made_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model, "_channels", lambda values, like: torch.tensor(values, device=like.device)[:, None])
+    monkeypatch.setattr(image_ops, "_channels", lambda values, like: torch.tensor(values, device=like.device)[:, None])
 
 
 def copied_over(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,187 +1,194 @@
-import json
-import math
+"""The command line of the pictures."""
+
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_runs import tiniest
 
-from capi.checkpoint import save_encoder
-from capi.config import ModelConfig
-from capi.metrics import read_metrics
-from capi.model import Student
-from capi.visualize import _curves, _principal_colours, main, plot_curves, plot_pca_maps
+from capi import train
+from capi.visualize import __main__ as command
+from capi.visualize.__main__ import main
+from capi.visualize.model import load_model
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    assert train.main([*tiniest(folder), "--model.drop_path_rate", "0"]) == 0
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("images")
+    torch.manual_seed(0)
+    paths = []
+    for i, image in enumerate(
+        [Image.new("RGB", (90, 60), (200, 10, 30)), Image.effect_noise((70, 83), 90), Image.new("P", (64, 64))]
+    ):
+        paths.append(str(folder / f"{i}.png"))
+        image.save(paths[-1])
+    return paths
 
 
 def read(png: Path) -> np.ndarray:
     with Image.open(png) as image:
+        assert image.format == "PNG"
         return np.asarray(image.convert("RGB")).astype(int)
 
 
-def write_metrics(path: Path, **changed: list[float | None]) -> Path:
-    columns = {
-        "loss": [4.0, 3.0, 2.0],
-        "clustering_loss": [3.0, 2.0, 1.0],
-        "target_entropy": [0.5, 0.6, 0.5],
-        "target_entropy_floor": [0.1, 0.1, 0.1],
-        "positional_mi": [0.02, 0.03, 0.02],
-        "positional_mi_floor": [0.02, 0.02, 0.02],
-        "lr": [0.0, 1e-3, 5e-4],
-        "clustering_lr": [0.0, 5e-4, 2e-4],
-        "momentum": [1.0, 0.99, 0.995],
-        "images_per_second": [100.0, 120.0, 110.0],
-        **changed,
-    }
-    lines = [{"step": 10 * i, **{key: values[i] for key, values in columns.items()}} for i in range(3)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
+OPTIONS = {
+    "pca": [["--size", "32"], ["--per-image"], ["--crisp"], ["--finer", "2"], ["--window", "4"]],
+    "clusters": [["--size", "32"], ["--window", "4"], ["--prototypes", "3,11"], ["--nearest", "3"]],
+    "masks": [["--size", "32"], ["--seed", "1"], ["--ask-all"]],
+}
 
 
-def test_every_curve_is_drawn_once(tmp_path):
-    lines = read_metrics(write_metrics(tmp_path / "m.jsonl"))
-    drawn = [line for axes in _curves(lines).axes for line in axes.get_lines()]
-    expected = [[line[key] for line in lines] for key in lines[0] if key != "step"]
-    assert sorted(list(line.get_ydata()) for line in drawn) == sorted(expected)
-    assert all(list(line.get_xdata()) == [0, 10, 20] for line in drawn)
-
-
-def test_what_is_missing_or_was_not_finite_is_left_out(tmp_path):
-    lines = read_metrics(write_metrics(tmp_path / "m.jsonl", loss=[4.0, None, 2.0], positional_mi=[None] * 3))
-    losses, _, information = _curves(lines).axes[:3]
-    assert list(losses.get_lines()[0].get_ydata()) == [4.0, 2.0]
-    assert list(losses.get_lines()[0].get_xdata()) == [0, 20]
-    assert len(information.get_lines()) == 1
-
-
-def test_the_picture_of_the_curves_is_written(tmp_path):
-    plot_curves(write_metrics(tmp_path / "m.jsonl"), tmp_path / "curves.png")
-    picture = read(tmp_path / "curves.png")
-    assert min(picture.shape[:2]) >= 600
-    # The default blue and orange of matplotlib.
-    for colour in [31, 119, 180], [255, 127, 14]:
-        assert (picture == colour).all(axis=2).sum() > 200
-
-
-def test_curves_need_a_line(tmp_path):
-    (tmp_path / "m.jsonl").write_text("")
-    with pytest.raises(ValueError, match="holds no line of metrics"):
-        plot_curves(tmp_path / "m.jsonl", tmp_path / "curves.png")
-
-
-def test_colours_are_joint_over_the_images_and_fill_the_range():
-    features = np.random.default_rng(0).normal(size=(2, 4, 5, 8)).astype(np.float32)
-    features[1, 0, 0] = features[0, 3, 4]
-    colours = _principal_colours(features)
-    assert colours.shape == (2, 4, 5, 3)
-    assert colours.min() == 0
-    assert colours.max() == 1
-    np.testing.assert_allclose(colours[1, 0, 0], colours[0, 3, 4], rtol=0, atol=1e-12)
-
-
-def test_colours_follow_the_directions_of_largest_spread():
-    rng = np.random.default_rng(1)
-    latent = rng.uniform(-1, 1, size=(200, 3)) * [9, 3, 1]
-    directions, _ = np.linalg.qr(rng.normal(size=(16, 16)))
-    features = latent @ directions[:, :3].T + rng.normal(size=16) + 0.01 * rng.normal(size=(200, 16))
-    colours = _principal_colours(features.reshape(1, 10, 20, 16)).reshape(200, 3)
-    for channel in range(3):
-        # The sign of a component is arbitrary.
-        assert abs(np.corrcoef(colours[:, channel], latent[:, channel])[0, 1]) > 0.98
-
-
-@pytest.mark.parametrize("dim", [1, 2, 3, 8])
-def test_constant_features_are_grey(dim):
-    features = np.full((2, 3, 3, dim), 7.3, dtype=np.float32)
-    np.testing.assert_array_equal(_principal_colours(features), np.full((2, 3, 3, 3), 0.5))
-
-
-def test_fewer_dimensions_than_colours():
-    colours = _principal_colours(np.arange(8, dtype=np.float32).reshape(1, 2, 4, 1))
-    assert colours[..., 0].min() == 0
-    assert colours[..., 0].max() == 1
-    np.testing.assert_array_equal(colours[..., 1:], np.full((1, 2, 4, 2), 0.5))
-
-
-@pytest.mark.parametrize("n_images", [1, 5])
-def test_every_image_stands_beside_its_map(tmp_path, n_images):
-    images = torch.zeros(n_images, 3, 8, 8, dtype=torch.uint8)
-    images[:, 0], images[:, 1] = 200, torch.arange(n_images, dtype=torch.uint8)[:, None, None] * 40
-    images[:, 2, :4] = 90
-    maps = torch.zeros(n_images, 2, 2, 4)
-    maps[..., 0] = torch.arange(n_images).square()[:, None, None]
-    maps[:, 0, 1, 1] = 40
-    plot_pca_maps(images, maps, tmp_path / "maps.png")
-    picture = read(tmp_path / "maps.png")
-    colours = np.round(_principal_colours(maps.numpy()) * 255)
-    for i in range(n_images):
-        upper, lower = ((picture == [200, 40 * i, blue]).all(axis=2) for blue in (90, 0))
-        rows, columns = np.nonzero(upper | lower)
-        top, left, height, width = rows.min(), columns.min(), np.ptp(rows) + 1, np.ptp(columns) + 1
-        assert abs(height - width) <= 2
-        assert (upper | lower)[top : top + height, left : left + width].mean() > 0.95
-        assert np.nonzero(upper)[0].max() <= np.nonzero(lower)[0].min()
-        # The map is as large as the image and follows it after a small gap.
-        beside = picture[:, left + width + 20 : left + 2 * width - 2]
-        for row, column in (0, 0), (0, 1), (1, 0), (1, 1):
-            shown = beside[top + height // 4 + row * height // 2, width // 4 - 10 + column * width // 2]
-            assert np.abs(shown - colours[i, row, column]).max() <= 1
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_maps_of_any_precision_also_with_a_gradient(tmp_path, dtype):
-    images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
-    plot_pca_maps(images, torch.randn(1, 2, 2, 4).to(dtype).requires_grad_(), tmp_path / "maps.png")
-    assert read(tmp_path / "maps.png").std() > 0
-
-
-def test_what_cannot_be_drawn(tmp_path):
-    images, maps = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.randn(2, 2, 2, 4)
-    with pytest.raises(TypeError, match=r"images must be torch.uint8, got torch.float32"):
-        plot_pca_maps(images.float(), maps, tmp_path / "maps.png")
-    with pytest.raises(ValueError, match="as many images as feature maps, got 0 and 0"):
-        plot_pca_maps(images[:0], maps[:0], tmp_path / "maps.png")
-    maps[1, 0, 0, 0] = math.nan
-    with pytest.raises(ValueError, match="must be finite"):
-        plot_pca_maps(images, maps, tmp_path / "maps.png")
-    assert not (tmp_path / "maps.png").exists()
-
-
-SHAPE = ModelConfig(patch_size=4, embed_dim=16, num_heads=2, encoder_depth=2, predictor_depth=1, n_registers=4)
-
-
-def test_the_command_line_draws_images_of_any_size(tmp_path, capsys):
-    torch.manual_seed(0)
-    student = Student(SHAPE, 8)
-    student.backbone.init_weights()
-    student.head.init_weights()
-    save_encoder(tmp_path / "encoder.safetensors", student, SHAPE)
-    images = [Image.new("RGB", (90, 60), (200, 10, 30)), Image.effect_noise((70, 80), 90), Image.new("P", (64, 64))]
-    paths = [str(tmp_path / f"{i}.png") for i in range(3)]
-    for image, path in zip(images, paths, strict=True):
-        image.save(path)
-    arguments = [str(tmp_path), *paths, "--output", str(tmp_path / "maps.png")]
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_a_kind_draws_images_of_any_size_the_same_twice_and_its_options_count(
+    kind, run, images, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(command, "load_model", cache(load_model))  # Most of the time goes to the configuration.
+    output = tmp_path / "drawn.png"
+    arguments = [kind, str(run), *images, "--output", str(output)]
     assert main(arguments) == 0
-    assert "wrote" in capsys.readouterr().out
-    picture = read(tmp_path / "maps.png")
+    assert capsys.readouterr().out == f"wrote {output}\n"
+    first = output.read_bytes()
+    picture = read(output)
     assert (picture == [200, 10, 30]).all(axis=2).sum() > 5000
-    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 300
-    first = (tmp_path / "maps.png").read_bytes()
-    assert main([*arguments, "--image_size", "64"]) == 0
-    assert (tmp_path / "maps.png").read_bytes() == first
-    assert main([*arguments, "--image_size", "32"]) == 0
-    assert (tmp_path / "maps.png").read_bytes() != first
+    assert picture.std() > 20
+    assert main(arguments) == 0
+    assert output.read_bytes() == first
+    for options in OPTIONS[kind]:
+        assert main([*arguments, *options]) == 0
+        assert output.read_bytes() != first, options
+    assert [path.name for path in tmp_path.iterdir()] == ["drawn.png"]
 
-    (tmp_path / "3.png").write_text("no image")
-    for faulty, message in (
-        ([str(tmp_path), str(tmp_path / "3.png"), *arguments[-2:]], "3.png cannot be read as an image"),
-        ([str(tmp_path), str(tmp_path / "4.png"), *arguments[-2:]], "4.png"),
-        ([str(tmp_path / "none"), *arguments[1:]], "expected the path of"),
-        ([*arguments, "--image_size", "30"], "must be a multiple of the patch size 4, got 30"),
-        ([*arguments[:-1], str(tmp_path / "no" / "maps.png")], "maps.png"),
-    ):
-        assert main(faulty) == 1
+
+def test_curves_take_runs(run, tmp_path):
+    output = tmp_path / "drawn.PNG"
+    assert main(["curves", str(run), str(run / "metrics.jsonl"), "--output", str(output)]) == 0
+    assert read(output).std() > 0
+
+
+def test_images_have_their_own_size_up_to_a_limit(run, tmp_path):
+    """The picture itself stands on the sheet, pixel by pixel."""
+    pixels = np.random.default_rng(0).integers(0, 256, (61, 333, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "own.png")
+    Image.new("RGB", (3000, 20), (9, 8, 7)).save(tmp_path / "large.png")
+    output = tmp_path / "drawn.png"
+    assert main(["pca", str(run), str(tmp_path / "own.png"), "--output", str(output)]) == 0
+    sheet = read(output)
+    rows, columns = np.nonzero((sheet[:, :, None] == pixels[0, :3]).all(axis=-1)[:, :, 0])
+    assert any(
+        (sheet[y : y + 61, x : x + 333] == pixels).all()
+        for y, x in zip(rows, columns, strict=True)
+        if sheet[y : y + 61, x : x + 333].shape == pixels.shape
+    )
+    assert main(["pca", str(run), str(tmp_path / "large.png"), "--output", str(output)]) == 0
+    rows, columns = np.nonzero((read(output) == [9, 8, 7]).all(axis=2))
+    assert (np.ptp(rows) + 1, np.ptp(columns) + 1) == (7, 1024)
+
+
+def test_checkpoints_and_encoders_are_taken(run, images, tmp_path):
+    output = tmp_path / "drawn.png"
+    checkpoint = str(next((run / "checkpoints").glob("*6.pt")))
+    for encoder in (checkpoint, str(run / "encoder.safetensors")):
+        assert main(["pca", encoder, *images, "--output", str(output)]) == 0
+    for encoder in (checkpoint, str(run / "checkpoints")):
+        for kind in ("clusters", "masks"):
+            assert main([kind, encoder, *images, "--output", str(output)]) == 0
+
+
+def faults(run: Path, images: list[str], tmp_path: Path) -> list[tuple[list[str], str]]:
+    png = ["--output", str(tmp_path / "drawn.png")]
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "empty").mkdir()
+    encoder = str(run / "encoder.safetensors")
+    faulty = []
+    for kind in ("pca", "clusters", "masks"):
+        faulty += [
+            ([kind, str(run), str(tmp_path / "text.png"), *png], "text.png cannot be read as an image"),
+            ([kind, str(run), images[0], str(tmp_path / "none.png"), *png], "none.png cannot be read as an image"),
+            ([kind, str(run), str(tmp_path), *png], "cannot be read as an image"),
+            ([kind, str(tmp_path / "none"), *images, *png], "none"),
+            ([kind, str(tmp_path / "empty"), *images, *png], "checkpoints/step_*.pt"),
+            ([kind, images[0], *images, *png], "cannot be read as weights"),
+            ([kind, str(run), *images, "--output", str(tmp_path / "drawn.jpg")], "must end in .png, got"),
+            ([kind, str(run), *images, "--output", str(tmp_path / "no" / "drawn.png")], "there is no folder"),
+        ]
+    for kind in ("clusters", "masks"):
+        faulty += [
+            ([kind, encoder, *images, *png], "an exported encoder without the teacher's prototypes"),
+            ([kind, "capi_vitl14_lvd", *images, *png], "without the teacher's prototypes"),
+        ]
+    return [
+        *faulty,
+        (["clusters", str(run), *images, *png, "--prototypes", "16"], "prototypes must be from 0 to 15, got 16"),
+        (["pca", str(run), *images, *png, "--finer", "3"], "must divide the patch size 4, got 3"),
+        (["masks", str(run), *images, *png, "--size", "30"], "multiples of the patch size 4"),
+        (["curves", str(tmp_path / "empty"), *png], "expected a run's folder or its metrics.jsonl"),
+        (["curves", str(run), str(tmp_path / "none"), *png], "expected a run's folder or its metrics.jsonl"),
+    ]
+
+
+def test_what_is_wrong_is_said_in_one_line_and_nothing_is_written(run, images, tmp_path, capsys):
+    for arguments, message in faults(run, images, tmp_path):
+        assert main(arguments) == 1, arguments
         error = capsys.readouterr().err
-        assert error.startswith("error: ")
-        assert message in error
-        assert error.count("\n") == 1
+        assert error.startswith("error: "), arguments
+        assert message in error, arguments
+        assert error.count("\n") == 1, error
+    assert not list(tmp_path.glob("*drawn*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: KIND"),
+        (["pcaa", "a", "b.png", "--output", "c.png"], "invalid choice: 'pcaa'"),
+        (["pca", "a", "b.png"], "the following arguments are required: --output"),
+        (["pca", "a", "--output", "c.png"], "the following arguments are required: IMAGE"),
+        (["pca", "a", "b.png", "--output", "c.png", "--size", "0"], "expected a whole number of at least 1, got 0"),
+        (["clusters", "a", "b.png", "--output", "c.png", "--prototypes", "3;4"], "expected numbers with commas"),
+        (["curves", "--output", "c.png"], "the following arguments are required: RUN"),
+    ],
+)
+def test_a_wrong_use_is_said_with_status_2(arguments, message, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_picture_that_was_there_stays_as_it_was_where_a_new_one_fails(run, images, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "drawn.png"
+    output.write_text("the old one")
+
+    def save_with(error: BaseException):
+        def save(self, file, **_):
+            Path(file).write_text("half a")
+            raise error
+
+        return save
+
+    for error, status, word in ((KeyboardInterrupt(), 130, "interrupted"), (OSError(28, "disk full"), 1, "disk full")):
+        monkeypatch.setattr(Image.Image, "save", save_with(error))
+        assert main(["pca", str(run), *images, "--output", str(output)]) == status
+        assert word in capsys.readouterr().err
+        assert output.read_text() == "the old one"
+        assert [path.name for path in tmp_path.iterdir()] == ["drawn.png"]
+
+
+def test_an_interruption_on_the_way_leaves_nothing(run, images, tmp_path, monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "feature_map", interrupt)
+    assert main(["pca", str(run), *images, "--output", str(tmp_path / "drawn.png")]) == 130
+    assert capsys.readouterr().err == "interrupted: no picture was written\n"
+    assert not list(tmp_path.iterdir())

@@ -105,6 +105,7 @@ class Case:
         self.shape = shape
         images, queries, keys, heads, head_dim = shape
         self.own = queries is None
+        self.parts = [3] if self.own else [1, 2]
         queries = keys if queries is None else queries
         self.layout = peers.Layout(images, queries, keys, DEVICE)
         generator = torch.Generator(DEVICE).manual_seed(seed)
@@ -132,10 +133,6 @@ class Case:
     @property
     def x(self) -> Operands:
         return Operands(*self.qkv, *self.tables, *self.lengths, None, *self.most, self.scale)
-
-    @property
-    def parts(self) -> list[int]:
-        return [3] if self.own else [1, 2]
 
     def ours(self) -> tuple[Tensor, Tensor]:
         """Today's o and stats."""

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from capi_kernels._capability import AMD, launch_options
+
 HEAD_DIMS = (16, 32, 64, 80, 96, 128)  # What is compiled offline; any up to 128 runs.
 RESIDENT_KEYS = 128  # The longest context that one tile of keys holds.
 FEW = 16  # Queries that one instruction takes.
@@ -31,19 +33,22 @@ class Config(NamedTuple):
     def options(self) -> dict:
         # Fused multiply-adds are wanted: every product here is summed in float32 right away.
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
-        return options if self.max_registers is None else {**options, "maxnreg": self.max_registers}
+        return launch_options(options if self.max_registers is None else {**options, "maxnreg": self.max_registers})
 
 
 def short_forward(
     dtype: torch.dtype, head_dim: int, max_seqlen_q: int, max_seqlen_k: int, capability: int
 ) -> Config | None:
-    """None where the keys do not fit: too many, or float32, whose products take no matrix unit."""
+    """None where the keys do not fit: too many, or float32, whose products take no matrix unit; and on AMD."""
     wide = head_dim > 64
-    if dtype == torch.float32 or max_seqlen_k > (128 if wide else 192 if capability < 90 else 320):
+    if dtype == torch.float32 or capability == AMD or max_seqlen_k > (128 if wide else 192 if capability < 90 else 320):
         return None
     if max_seqlen_q <= FEW and max_seqlen_k <= 128:
         # Eight warps: with four, an H100 has taken kernels of this kind (Triton 3.6.0) to wrong results.
-        return Config(FEW, 64 if max_seqlen_k <= 64 else 128, 8, keys_first=True)
+        if max_seqlen_k > 64:
+            return Config(FEW, 128, 8, keys_first=True)
+        # A limit keeps the assembler of Triton 3.8 from one of its own, 48, which would spill.
+        return Config(FEW, 64, 8, max_registers=64 if head_dim == 32 and capability < 90 else None, keys_first=True)
     if max_seqlen_k <= 64:
         return Config(64, 64, 8 if wide else 4)
     if wide:
@@ -73,8 +78,8 @@ def tiled_forward(dtype: torch.dtype, head_dim: int, max_seqlen_q: int) -> Confi
 def short_backward(
     dtype: torch.dtype, head_dim: int, max_seqlen_q: int, max_seqlen_k: int, has_index: bool, capability: int
 ) -> Config | None:
-    """None where this is not the kernel: contexts that several groups read, keys that do not fit, or float32."""
-    if dtype == torch.float32 or has_index or head_dim > 64 or max_seqlen_k > 128:
+    """None where this is not the kernel: contexts that several groups read, keys that do not fit, float32, or AMD."""
+    if dtype == torch.float32 or has_index or head_dim > 64 or max_seqlen_k > 128 or capability == AMD:
         return None
     block_k = 64 if max_seqlen_k <= 64 else 128
     if max_seqlen_q <= FEW:

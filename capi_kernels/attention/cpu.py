@@ -10,7 +10,7 @@ is faster.
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import NamedTuple
 
 import torch
@@ -19,10 +19,11 @@ from torch import Tensor
 from capi_kernels.attention.rotary import rotate
 
 LONG = 256  # Keys from which the tiled backward is the faster one.
-CACHED = 2**17  # Weights formed at a time in the other: half a MiB.
+CACHED = 2**18  # Weights formed at a time in the other: a MiB.
 TOGETHER = 2**18  # Channels of queries and keys taken at a time: copies of no more are alive.
 
 Tables = Sequence[Tensor | None]  # cos and sin, or None and None
+aten = torch.ops.aten
 NONE = (None, None)
 
 
@@ -40,11 +41,15 @@ class Block(NamedTuple):
 
         A view where the tokens are a slice.
         """
-        x = x[tokens, self.heads] if x.ndim == 3 else x[tokens].unsqueeze(1)
-        return x.view(self.groups, -1, *x.shape[1:]).transpose(1, 2)
+        return _images(x[tokens, self.heads] if x.ndim == 3 else x[tokens], self.groups)
 
     def tables(self, tables: Tables, tokens: slice | Tensor) -> Tables:
         return [None if x is None else self.part(x, tokens) for x in tables]
+
+
+def _images(x: Tensor, groups: int) -> Tensor:
+    """`Block.part` of groups of one size, whole: a view."""
+    return x.view(groups, -1, *x.shape[1:]).transpose(1, 2) if x.ndim == 3 else x.view(groups, 1, -1, x.shape[1])
 
 
 def _tokens(starts: Sequence[int], length: int) -> slice | Tensor:
@@ -69,10 +74,17 @@ def _sizes(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, kv_index: Tensor | None) 
     return sizes
 
 
-def _blocks(sizes: Sizes, heads: int, head_dim: int, heads_at_least: int = 1) -> Iterator[Block]:
+def _together(tokens: int, head_dim: int, dtype: torch.dtype | None = None) -> int:
+    """How many heads of groups of so many queries and keys are taken at a time; of the backward if there is a dtype."""
+    # PyTorch's backward gives a thread whole heads.
+    least = torch.get_num_threads() if dtype is not None and _is_wide(dtype) else 1
+    return max(least, TOGETHER // (tokens * head_dim))
+
+
+def _blocks(sizes: Sizes, heads: int, head_dim: int, dtype: torch.dtype | None = None) -> Iterator[Block]:
     """All heads of all groups, a few of one size at a time."""
     for (queries, keys), starts in sizes.items():
-        together = max(heads_at_least, TOGETHER // ((queries + keys) * head_dim))
+        together = _together(queries + keys, head_dim, dtype)
         for group in range(0, len(starts), max(1, together // heads)):
             starts_q, starts_k = zip(*starts[group : group + max(1, together // heads)], strict=True)
             tokens = len(starts_q), keys, _tokens(starts_q, queries), _tokens(starts_k, keys)
@@ -80,15 +92,24 @@ def _blocks(sizes: Sizes, heads: int, head_dim: int, heads_at_least: int = 1) ->
                 yield Block(*tokens, slice(head, head + together))
 
 
-def _is_wide(x: Tensor) -> bool:
-    return torch.promote_types(x.dtype, torch.float32) == x.dtype
+def _is_wide(dtype: torch.dtype) -> bool:
+    return torch.promote_types(dtype, torch.float32) == dtype
 
 
-def _wide(x: Tensor, tables: Tables, *, transpose: bool = False, new: bool = False) -> Tensor:
-    """[..., head_dim] in float32 or wider, rotated or rotated back; x itself where nothing is to do, unless new."""
-    if tables[0] is None and not new and _is_wide(x) and x.stride(-1) == 1:
+def _wide(x: Tensor, tables: Tables, *, transpose: bool = False) -> Tensor:
+    """[..., head_dim] in float32 or wider, rotated or rotated back; x itself where nothing is to do."""
+    if tables[0] is None and _is_wide(x.dtype) and x.stride(-1) == 1:
         return x
-    out = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
+    return _copy(x, tables, transpose=transpose)
+
+
+def _copy(x: Tensor, tables: Tables, *, transpose: bool = False) -> Tensor:
+    """The same, always new and contiguous."""
+    return _put(torch.empty(x.shape, dtype=torch.promote_types(x.dtype, torch.float32)), x, tables, transpose=transpose)
+
+
+def _put(out: Tensor, x: Tensor, tables: Tables, *, transpose: bool = False) -> Tensor:
+    """x goes to out, rotated or rotated back."""
     return out.copy_(x) if tables[0] is None else rotate(x, *tables, out=out, transpose=transpose)
 
 
@@ -113,18 +134,22 @@ def attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o, [tokens, heads] the logarithm of each row's sum, and k, which was rotated if it is in float32 or wider.
 
+    Rotated keys of groups of one size lie as [groups, heads, keys, head_dim], whatever their shape says: for the
+    backward, which would copy them so.
+
     where: cu_seqlens of both sides and kv_index.
     """
-    sizes, tiled = _sizes(*where), torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    ragged, unrounded = _is_ragged(sizes, where), _is_wide(q)
+    sizes, tiled = _sizes(*where), aten._scaled_dot_product_flash_attention_for_cpu
+    ragged, unrounded = _is_ragged(sizes, where), _is_wide(q.dtype)
     dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
-    if ragged or unrounded:
-        q, k, tables = _rotated(q, tables[:2]), _rotated(k, tables[2:]), NONE * 2
     if unrounded and not ragged:
-        (starts,) = sizes.values()
-        images = (x.view(len(starts), -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, _wide(v, NONE)))
-        out, logsumexp = (x.transpose(1, 2).flatten(0, 1) for x in tiled(*images, scale=scale))
-        return out, logsumexp, k
+        groups = len(where[0]) - 1
+        k_ = _wide(_images(k, groups), [x if x is None else _images(x, groups) for x in tables[2:]])
+        operands = _images(_rotated(q, tables[:2]), groups), k_, _images(_wide(v, NONE), groups)
+        out, logsumexp = (x.transpose(1, 2).flatten(0, 1) for x in tiled(*operands, scale=scale))
+        return out, logsumexp, k if tables[2] is None else k_.view(k.shape)
+    if ragged:
+        q, k, tables = _rotated(q, tables[:2]), _rotated(k, tables[2:]), NONE * 2
     new = torch.zeros if ragged else torch.empty
     out, logsumexp = new(q.shape, dtype=dtype), new(q.shape[:2], dtype=wide)
     for block in _blocks(sizes, *q.shape[1:]):
@@ -137,42 +162,72 @@ def attention(
     return out, logsumexp, k
 
 
-def _backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, dk: Tensor, scale: float) -> None:
     """dq, dk and dv of contiguous [groups, heads, length, head_dim], from weights that are formed once more.
 
-    They take the places of do and, where all queries come at a time, of k and v.
+    They take the places of do, dk, which may be k, and v.
     """
-    shapes = do.shape, k.shape, v.shape
-    do, q, k, v = (x.flatten(0, 1) for x in (do, q, k, v))
-    rows = min(q.shape[1], max(32, CACHED // k.shape[1]))
-    pairs = max(1, CACHED // (rows * k.shape[1]))
-    kept = int(rows < q.shape[1])
-    dk, dv = (torch.zeros_like(k), torch.zeros_like(v)) if kept else (k, v)
-    for pair in range(0, len(q), pairs):
-        k_, v_, dk_, dv_ = (x[pair : pair + pairs] for x in (k, v, dk, dv))
-        for row in range(0, q.shape[1], rows):
-            q_, do_ = (x[pair : pair + pairs, row : row + rows] for x in (q, do))
-            # In place, which autocast leaves alone: it may be on in a backward.
-            dS, P = torch.empty((2, *q_.shape[:2], k.shape[1]), dtype=q.dtype)
-            torch.ops.aten._softmax.out(dS.baddbmm_(q_, k_.mT, beta=0, alpha=scale), -1, False, out=P)
-            dS.baddbmm_(do_, v_.mT, beta=0)
-            torch.ops.aten._softmax_backward_data.out(dS, P, -1, P.dtype, grad_input=dS)
-            dv_.baddbmm_(P.mT, do_, beta=kept)
-            do_.baddbmm_(dS, k_, beta=0, alpha=scale)
-            dk_.baddbmm_(dS.mT, q_, beta=kept, alpha=scale)
-    return tuple(x.view(shape) for x, shape in zip((do, dk, dv), shapes, strict=True))
+    do, q, k, v, dk = (x.flatten(0, 1) for x in (do, q, k, v, dk))
+    (pairs, queries, _), keys = q.shape, k.shape[1]
+    rows = min(queries, max(32, CACHED // keys))
+    turns = -(-pairs // max(1, CACHED // (rows * keys)))
+    if turns == 1 and rows == queries:
+        _rows_backward(do, q, k, v, dk, v, 0, scale)
+        return
+    for do_, q_, k_, v_, dk_ in zip(*(x.tensor_split(turns) for x in (do, q, k, v, dk)), strict=True):
+        if rows == queries:
+            _rows_backward(do_, q_, k_, v_, dk_, v_, 0, scale)
+            continue
+        dks, dvs = torch.zeros_like(k_), torch.zeros_like(v_)
+        for rows_ in zip(do_.split(rows, 1), q_.split(rows, 1), strict=True):
+            _rows_backward(*rows_, k_, v_, dks, dvs, 1, scale)
+        dk_.copy_(dks)
+        v_.copy_(dvs)
 
 
-def _put(out: Tensor, x: Tensor, tables: Tables, tokens: slice | Tensor, block: Block, add: bool) -> None:
-    """x, [groups, heads, length, head_dim], rotated back, goes to its places of packed out, or is added there."""
-    if isinstance(tokens, Tensor):
-        out[:, block.heads].index_add_(0, tokens, x.transpose(1, 2).flatten(0, 1))
-    elif add:
-        block.part(out, tokens).add_(x)
-    elif tables[0] is None:
-        block.part(out, tokens).copy_(x)
+def _rows_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor, kept: int, scale: float
+) -> None:
+    """Of [pairs, length, head_dim]: dq in the place of do, dk and dv on top of what they hold if that is `kept`."""
+    # In place, which autocast leaves alone: it may be on in a backward.
+    dS, P = torch.empty((2, *q.shape[:2], k.shape[1]), dtype=q.dtype)
+    aten._softmax.out(dS.baddbmm_(q, k.mT, beta=0, alpha=scale), -1, False, out=P)
+    dS.baddbmm_(do, v.mT, beta=0)
+    aten._softmax_backward_data.out(dS, P, -1, P.dtype, grad_input=dS)
+    dv.baddbmm_(P.mT, do, beta=kept)
+    do.baddbmm_(dS, k, beta=0, alpha=scale)
+    dk.baddbmm_(dS.mT, q, beta=kept, alpha=scale)
+
+
+def _is_tiled(keys: int, dtype: torch.dtype) -> bool:
+    """Whether the backward of so many keys is PyTorch's: a rounded output would cost it its accuracy."""
+    return keys >= LONG and _is_wide(dtype)
+
+
+def _grads(views: Sequence[Tensor], q_tables: Tables, k_tables: Tables, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv, not rotated back, of do, q, k and v [groups, heads, length, head_dim].
+
+    For PyTorch's backward the output and the logarithms of the sums, of head_dim 1, follow them.
+    """
+    do, q, k, v, *saved = views
+    if saved:
+        out, logsumexp = saved
+        operands = _wide(do, NONE), _wide(q, q_tables), _wide(k, k_tables), _wide(v, NONE), _wide(out, NONE)
+        backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return backward(*operands, logsumexp.squeeze(3), 0.0, False, scale=scale)
+    dq, q, dv = _copy(do, NONE), _copy(q, q_tables), _copy(v, NONE)
+    if k_tables[0] is None and k.is_contiguous() and _is_wide(k.dtype):
+        dk = torch.empty(k.shape, dtype=k.dtype)
     else:
-        rotate(x, *tables, out=block.part(out, tokens), transpose=True)
+        k = dk = _copy(k, k_tables)
+    _backward(dq, q, k, dv, dk, scale)
+    return dq, dk, dv
+
+
+def _buffers(q: Tensor, k: Tensor, parts: tuple[int, ...]) -> tuple[list[Tensor], list[Tensor]]:
+    """Buffers [tokens, parts, heads, head_dim], and dq, dk and dv in them."""
+    buffers = [torch.empty((len(x), n, *x.shape[1:]), dtype=x.dtype) for x, n in zip((q, k), parts, strict=False)]
+    return buffers, [part for buffer in buffers for part in buffer.unbind(1)]
 
 
 def attention_backward(
@@ -190,42 +245,68 @@ def attention_backward(
 ) -> list[Tensor]:
     """dq, dk and dv in buffers [tokens, parts, heads, head_dim]: one of 3 parts, or one of 1 and one of 2.
 
-    rotated: k wide and rotated, if the forward kept it.
+    rotated: k wide and rotated, if the forward kept it, as the forward left it.
     """
-    sizes, unrounded = _sizes(*where), _is_wide(q)
-    ragged = _is_ragged(sizes, where)
-    shapes = [(len(x), n, *x.shape[1:]) for x, n in zip((q, k), parts, strict=False)]
-    inner, grads, dtype = tables, None, q.dtype
-    if ragged:
-        q, k = _rotated(q, tables[:2]), _rotated(k, tables[2:]) if rotated is None else rotated
-        inner = NONE * 2
-        # Groups that share a context add up in float32 or wider.
-        grads = [torch.zeros(x.shape, dtype=logsumexp.dtype) for x in (q, k, v)]
-    # PyTorch's backward gives a thread whole heads; a rounded output would cost it its accuracy.
-    for block in _blocks(sizes, *q.shape[1:], torch.get_num_threads() if unrounded else 1):
-        queries, keys, tiled = block.queries, block.keys, unrounded and block.length >= LONG
-        q_tables = block.tables(inner[:2], queries)
-        k_tables = q_tables if inner[0] is inner[2] else block.tables(inner[2:], keys)
-        keys_given = (k, k_tables, keys) if rotated is None else (rotated, NONE, keys)
-        places = (do, NONE, queries), (q, q_tables, queries), keys_given, (v, NONE, keys)
-        operands = [_wide(block.part(x, tokens), rotation, new=not tiled) for x, rotation, tokens in places]
-        if tiled:
-            o_, l_ = _wide(block.part(out, queries), NONE), block.part(logsumexp.unsqueeze(2), queries).squeeze(3)
-            backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-            results = backward(*operands, o_, l_, 0.0, False, scale=scale)
-        else:
-            results = _backward(*operands, scale)
-        del operands
-        if grads is None:  # Only now, when the first block has set its memory free.
-            buffers = [torch.empty(shape, dtype=dtype) for shape in shapes]
-            grads = [part for buffer in buffers for part in buffer.unbind(1)]
-        places = (q_tables, queries), (k_tables, keys), (NONE, keys)
-        for grad, x, place in zip(grads, results, places, strict=True):
-            _put(grad, x, *place, block, add=ragged)
-        del results, x  # Before the next block makes its own.
-    if ragged:
-        buffers = [torch.empty(shape, dtype=dtype) for shape in shapes]
-        outs = [part for buffer in buffers for part in buffer.unbind(1)]
-        for grad, x, rotation in zip(outs, grads, (tables[:2], tables[2:], NONE), strict=True):
-            grad.copy_(_rotated(x, rotation, transpose=True))
+    sizes = _sizes(*where)
+    if _is_ragged(sizes, where):
+        return _ragged_backward(do, out, logsumexp, q, k, v, tables, sizes, scale, parts, rotated)
+    ((queries, keys),) = sizes
+    groups, (_, heads, head_dim), buffers = len(where[0]) - 1, q.shape, None
+    saved = (out, logsumexp.unsqueeze(2)) if _is_tiled(keys, q.dtype) else ()
+    views = [_images(x, groups) for x in (do, q, k, v, *saved)]
+    turns = [[x if x is None else _images(x, groups) for x in of] for of in (tables[:2], tables[2:])]
+    k_turn = turns[1]
+    if rotated is not None:
+        views[2], k_turn = rotated.view(views[2].shape), NONE
+    together = _together(queries + keys, head_dim, q.dtype)
+    step = max(1, together // heads)
+    whole = step >= groups and together >= heads
+    for group, head in product(range(0, groups, step), range(0, heads, together)):
+        at = slice(group, group + step), slice(head, head + together)
+        cut = views if whole else [x[at] for x in views]
+        q_tables, k_tables, given = (
+            of if whole or of[0] is None else [x[at[0]] for x in of] for of in (*turns, k_turn)
+        )
+        results = _grads(cut, q_tables, given, scale)
+        if buffers is None:  # Only now, when the first results have set their memory free.
+            buffers, grads = _buffers(q, k, parts)
+            grads = [_images(x, groups) for x in grads]
+        for grad, x, rotation in zip(grads, results, (q_tables, k_tables, NONE), strict=True):
+            _put(grad if whole else grad[at], x, rotation, transpose=True)
+        del results, x  # Before the next make their own.
+    return buffers
+
+
+def _ragged_backward(
+    do: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tables: Tables,
+    sizes: Sizes,
+    scale: float,
+    parts: tuple[int, ...],
+    rotated: Tensor | None,
+) -> list[Tensor]:
+    """`attention_backward` where groups have several sizes, share contexts or are empty."""
+    q_, k_ = _rotated(q, tables[:2]), _rotated(k, tables[2:]) if rotated is None else rotated
+    # Groups that share a context add up in float32 or wider.
+    sums = [torch.zeros(x.shape, dtype=logsumexp.dtype) for x in (q, k, v)]
+    for block in _blocks(sizes, *q.shape[1:], q.dtype):
+        places = [(do, block.queries), (q_, block.queries), (k_, block.keys), (v, block.keys)]
+        if _is_tiled(block.length, q.dtype):
+            places += [(out, block.queries), (logsumexp.unsqueeze(2), block.queries)]
+        views = [block.part(*place) for place in places]
+        results = _grads(views, NONE, NONE, scale)
+        for total, x, (_, at) in zip(sums, results, places[1:4], strict=True):
+            if isinstance(at, Tensor):
+                total[:, block.heads].index_add_(0, at, x.transpose(1, 2).flatten(0, 1))
+            else:
+                block.part(total, at).add_(x)
+        del views, results, x  # Before the next block makes its own.
+    buffers, grads = _buffers(q, k, parts)
+    for grad, x, rotation in zip(grads, sums, (tables[:2], tables[2:], NONE), strict=True):
+        grad.copy_(_rotated(x, rotation, transpose=True))
     return buffers

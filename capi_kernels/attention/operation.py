@@ -5,6 +5,8 @@ tables. The op and `capi_kernels::attention_backward` are opaque to torch.compil
 of selective activation checkpointing: saving the first spares its recomputation.
 """
 
+from inspect import signature
+
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
@@ -147,6 +149,10 @@ class _Attention(torch.autograd.Function):
 
     setup_context = staticmethod(_setup_context)
     backward = staticmethod(once_differentiable(_backward))
+
+
+# PyTorch looks for it at each call.
+_Attention.forward.__signature__ = signature(_Attention.forward)
 
 
 def attention(*operands) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import is_hip
 
 from capi_kernels.attention.memory_triton import Heads, load_head, padded, padded_half, store_head
 from capi_kernels.attention.rotary_triton import load_halves
@@ -87,7 +88,7 @@ def apart(x):
 @no_type_check
 def pinned(x):
     """x, which the compiler computes once, in one layout: it would rather rotate a tile again for each use of it."""
-    if INTERPRETED or x.dtype.primitive_bitwidth != 16:
+    if INTERPRETED or is_hip() or x.dtype.primitive_bitwidth != 16:
         return x
     else:
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)

@@ -15,18 +15,22 @@ from capi_kernels._checks import check_heads, check_rotary, check_shape, check_t
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, out: Tensor, transpose: bool = False) -> Tensor:
     """Write x cos + rotate_half(x) sin, the tables broadcast, or the transpose of that map of x, to out."""
-    wide = torch.promote_types(x.dtype, cos.dtype)
-    x, cos, sin = x.to(wide), cos.to(wide), sin.to(wide)
-    y = out if out.dtype == wide else torch.empty(out.shape, dtype=wide, device=out.device)
-    (x1, x2), (y1, y2), (s1, s2) = (z.chunk(2, -1) for z in (x, y, sin))
-    torch.mul(x, cos, out=y)
+    if not x.dtype == cos.dtype == sin.dtype == out.dtype:
+        wide = torch.promote_types(x.dtype, cos.dtype)
+        y = out if out.dtype == wide else torch.empty(out.shape, dtype=wide, device=out.device)
+        rotate(x.to(wide), cos.to(wide), sin.to(wide), out=y, transpose=transpose)
+        return out if y is out else out.copy_(y)
+    torch.mul(x, cos, out=out)
+    x1, x2 = x.chunk(2, -1)
+    y1, y2 = out.chunk(2, -1)
+    s1, s2 = sin.chunk(2, -1)
     if transpose:
         y1.addcmul_(x2, s2)
         y2.addcmul_(x1, s1, value=-1)
     else:
         y1.addcmul_(x2, s1, value=-1)
         y2.addcmul_(x1, s2)
-    return out if y is out else out.copy_(y)
+    return out
 
 
 class _Rotary(torch.autograd.Function):

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from capi_kernels._capability import capability
+from capi_kernels._capability import capability, launch_options
 from capi_kernels._process_groups import largest
 from capi_kernels.heads.cross_entropy_triton import minus_gradient, soft_cross_entropy
 from capi_kernels.heads.linear import StreamedLinear
@@ -170,7 +170,7 @@ def head_rows(
         prediction_temperature,
         eps,
         ROW_LIMIT,
-        **config,
+        **launch_options(config),
     )
     if config["BIAS"]:
         reduce_parts(bias_parts, dbias, eps, update=False)

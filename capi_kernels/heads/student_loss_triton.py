@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from capi_kernels._capability import launch_options
 from capi_kernels.heads.cross_entropy_triton import LN_2, minus_gradient, soft_cross_entropy
 from capi_kernels.sinkhorn.common_triton import check_supported, load_row, log2_scale, rows_config
 
@@ -93,6 +94,6 @@ def student_loss(
         log2_scale(temperature),
         temperature,
         scale,
-        **student_rows_config(prototypes, logits.itemsize),
+        **launch_options(student_rows_config(prototypes, logits.itemsize)),
     )
     return loss.mean(), gradient, entropy.mean() if statistics else entropy, most_likely

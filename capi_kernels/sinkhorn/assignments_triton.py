@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from capi_kernels._capability import launch_options
 from capi_kernels.reference import Potentials
 from capi_kernels.sinkhorn.common_triton import (
     ROW_LIMIT,
@@ -128,7 +129,7 @@ def write_assignments(
         ROW_LIMIT,
         UPDATE_ROW=update_row,
         GATHER=logits.ndim == 3,
-        **rows_config(prototypes),
+        **launch_options(rows_config(prototypes)),
     )
 
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import next_power_of_2
 
-from capi_kernels._capability import capability
+from capi_kernels._capability import capability, launch_options
 from capi_kernels.reference import SHIFT, Potentials
 from capi_kernels.sinkhorn.common_triton import (
     COMPILER,
@@ -178,7 +178,7 @@ def balance_columns(
             ROW_LIMIT,
             FIRST=iteration == 0,
             ROW_SUMS=row_sums,
-            **columns_config(*shape, iteration == 0, row_sums),
+            **launch_options(columns_config(*shape, iteration == 0, row_sums)),
         )
         if row_sums and (not folded or iteration == n_iterations - 1):
             reduce_parts(parts, row, eps, update=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 from triton import next_power_of_2
 
+from capi_kernels._capability import launch_options
 from capi_kernels.reference import SHIFT, Potentials
 from capi_kernels.sinkhorn.common_triton import (
     COMPILER,
@@ -170,7 +171,14 @@ def first_column_sums(logits: Tensor, temperature: float) -> tuple[Tensor, Tenso
     config = first_sums_config(images, prototypes, logits.itemsize)
     grid = (positions * triton.cdiv(prototypes, config["BLOCK_PROTOTYPES"]),)
     first_column_sums_kernel[grid](
-        logits, column_max, column_sum, images, prototypes, *logits.stride(), log2_scale(temperature), **config
+        logits,
+        column_max,
+        column_sum,
+        images,
+        prototypes,
+        *logits.stride(),
+        log2_scale(temperature),
+        **launch_options(config),
     )
     return column_max, column_sum
 
@@ -194,7 +202,7 @@ def row_step(
         eps,
         ROW_LIMIT,
         COLUMN_SUMS=column_sums,
-        **config,
+        **launch_options(config),
     )
     if not column_sums:
         return None
