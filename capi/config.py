@@ -61,7 +61,8 @@ class ModelConfig:
 
     def predictor_shape(self) -> tuple[int, int]:
         """Width and heads of the predictor."""
-        return self.predictor_dim or self.embed_dim, self.predictor_heads or self.num_heads
+        dim = self.embed_dim if self.predictor_dim is None else self.predictor_dim
+        return dim, self.num_heads if self.predictor_heads is None else self.predictor_heads
 
 
 @dataclass

@@ -73,7 +73,7 @@ class Backbone(nn.Module):
             (encoder, "model.embed_dim / model.num_heads"),
             (predictor, "width / heads of the predictor"),
         ):
-            if heads < 1 or dim % heads or (dim // heads) % 4:
+            if min(dim, heads) < 1 or dim % heads or (dim // heads) % 4:
                 raise ValueError(f"{names} must be a multiple of 4, got {dim} / {heads}")
         if config.register_coordinates == "edge" and config.n_registers % 4:
             raise ValueError(f"model.n_registers must be a multiple of 4, got {config.n_registers}")

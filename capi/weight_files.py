@@ -93,6 +93,8 @@ def read_weights(path: Path, weights: str = "ema") -> EncoderWeights:
     kind, run_config, declared = "a state dict", None, {}
     if "config" in metadata:
         kind, declared = "an exported encoder", _parse(metadata["config"], path)
+    elif path.name == EXPORTS[1] and path.with_name("config.json").is_file():
+        kind, declared = "an exported encoder", _parse(_text(path.with_name("config.json")), path)
     elif isinstance(content, Mapping) and {"trainer", "step", "config"} <= content.keys():
         kind, run_config = f"a training checkpoint after step {content['step']}", content["config"]
         declared = run_config.get("model") if isinstance(run_config, Mapping) else None
@@ -175,6 +177,13 @@ def _load(path: Path) -> tuple[object, dict[str, str]]:
     except Exception as error:  # whatever a damaged file makes the loaders raise
         reason = str(error).split("\n")[0][:200] or type(error).__name__
         raise ValueError(f"{path} cannot be read as weights: {reason}") from error
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def _parse(config: str, path: Path) -> Mapping:

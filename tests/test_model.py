@@ -197,6 +197,7 @@ def test_image_sides_must_be_multiples_of_the_patch() -> None:
         ({"encoder_depth": 0}, "must be at least 1, got 0 and 2"),
         ({"predictor_dim": 36}, "width / heads of the predictor must be a multiple of 4, got 36 / 2"),
         ({"predictor_heads": 5}, "width / heads of the predictor must be a multiple of 4, got 32 / 5"),
+        ({"predictor_heads": 0}, "width / heads of the predictor must be a multiple of 4, got 32 / 0"),
         ({"out_layer": 25}, "model.out_layer must lie from -25 to 24, got 25"),
         ({"out_layer": -26}, "model.out_layer must lie from -25 to 24, got -26"),
     ],
