@@ -59,6 +59,17 @@ def test_what_weights_do_not_show_comes_with_an_export(tmp_path) -> None:
     assert "predictor 1 x 16, 2 heads, 4 registers" in description
 
 
+def test_what_a_bare_state_does_not_say_is_as_the_caller_says(tmp_path) -> None:
+    shape = replace(SHAPE, register_coordinates="zeros", out_layer=0)
+    student = Student(shape, 8)
+    student.backbone.init_weights()
+    torch.save(student.state_dict(), tmp_path / "capi.pth")
+    assert_same_features(pretrained.load(tmp_path / "capi.pth", shape), student.eval())
+    save_encoder(tmp_path / "encoder.safetensors", student, shape)
+    with pytest.raises(ValueError, match="it says out_layer 1, they have 0"):
+        pretrained.load(tmp_path / "encoder.safetensors", replace(shape, out_layer=1))
+
+
 def test_an_export_of_an_earlier_version_has_what_there_was(student, tmp_path) -> None:
     known = ("patch_size", "embed_dim", "num_heads", "encoder_depth", "predictor_depth", "n_registers")
     metadata = {"config": json.dumps({**{name: asdict(SHAPE)[name] for name in known}, "drop_path_rate": 0.2})}
