@@ -468,10 +468,11 @@ calls = [
     (ck.sinkhorn_positionwise, {"logits": logits}),
     (ck.sinkhorn_potentials, {"logits": logits}),
     (ck.assignments_from_potentials, {"logits": logits, "potentials": potentials, "rows": rows}),
-    (ck.clustering_head, {"features": features, "weight": weight, "bias": weight[:, 0], "rows": rows}),
+    (ck.clustering_head, {"features": features, "weight": weight, "bias": weight[:, 0]}),
     (ck.clustering_targets, {"features": features[0, :2], "weight": weight, "bias": None, "rows": rows,
                              "potentials": potentials}),
     (ck.student_loss, {"logits": logits[0], "targets": logits[0]}),
+    (ck.student_loss_with_statistics, {"logits": logits[0], "targets": logits[0]}),
 ]
 for autocast in (False, True):
     for op, given in calls:
