@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from capi.config import ClusteringConfig
-from capi.model import OnlineClustering
+from capi.heads import OnlineClustering
 from capi.visualize import clusters as module
 from capi.visualize.clusters import (
     clusters_of,
