@@ -237,6 +237,7 @@ def test_the_teacher_clusters_the_layer_that_is_asked_for() -> None:
     features = model.teacher_features(images)
     global_vector, registers, feature_map = backbone(images)
     torch.testing.assert_close(feature_map.flatten(1, 2), features)
+    torch.testing.assert_close(backbone.forward_features(images), torch.cat([registers, features], 1))
     outputs = []
     backbone.encoder.blocks[0].register_forward_hook(lambda _, __, out: outputs.append(out))
     backbone.encode(images)
