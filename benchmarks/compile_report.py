@@ -10,6 +10,7 @@ import argparse
 import importlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -82,7 +83,7 @@ def usage(kernel, arguments: dict, options: dict, architecture: str) -> Usage:
     return Usage(int(fields["REG"]), int(fields["STACK"]), compiled.metadata.shared)
 
 
-def chosen(families: list[str], targets: list[str], sample: bool) -> dict[tuple[str, int], list[str]]:
+def chosen(families: list[str], targets: list[str], sample: bool, match: str = "") -> dict[tuple[str, int], list[str]]:
     """The architectures for which to compile each case, (family, index).
 
     A sample is one of each kernel and type of data: the last for the first target, the median for others. Each is for
@@ -92,6 +93,8 @@ def chosen(families: list[str], targets: list[str], sample: bool) -> dict[tuple[
     for family in families:
         kinds = {}
         for index, (name, kernel, _, _, *only) in enumerate(cases_of(family)):
+            if not re.search(match, f"{kernel.__name__} {name}"):
+                continue
             kind = kinds.setdefault(kernel, {}).setdefault(name.split()[0] if sample else index, {})
             for target in targets:
                 if not only or capability_of(target) in only[0]:
@@ -135,20 +138,21 @@ def main() -> None:
     parser.add_argument(
         "--sample", action="store_true", help="one configuration of each kernel and type, for one target"
     )
+    parser.add_argument("--match", default="", metavar="REGEX", help="of a row's kernel and configuration")
     arguments = parser.parse_args()
 
     lines = [
         "# Compiled offline",
         "",
         f"Triton {triton.__version__}; registers a thread / bytes spilled a thread / KiB of shared memory a program.",
-        "Made by `python -m benchmarks.compile_report`.",
+        f"Made by `{shlex.join(['python', '-m', 'benchmarks.compile_report', *sys.argv[1:]])}`.",
         "",
         "| kernel | configuration | warps | " + " | ".join(arguments.targets) + " |",
         "|---|---|---|" + "---|" * len(arguments.targets),
     ]
     faults = []
     with ProcessPoolExecutor() as pool:
-        cases = chosen(arguments.families, arguments.targets, arguments.sample)
+        cases = chosen(arguments.families, arguments.targets, arguments.sample, arguments.match)
         rows = [pool.submit(row, *case, wanted, arguments.targets) for case, wanted in cases.items()]
         for future in rows:
             line, wrong = future.result()

@@ -6,7 +6,6 @@ A preset (`capi/presets/*.yaml`) or a command-line option overrides single field
 import argparse
 import json
 import logging
-import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,7 +25,7 @@ class ModelConfig:
     patch_size: int = 14
     """Side of a patch in pixels."""
     embed_dim: int = 1024
-    """Width of encoder and predictor."""
+    """Width of the encoder."""
     num_heads: int = 16
     """Attention heads; embed_dim / num_heads must divide by 4."""
     encoder_depth: int = 24
@@ -34,9 +33,36 @@ class ModelConfig:
     predictor_depth: int = 12
     """Cross-attention blocks of the predictor."""
     n_registers: int = 16
-    """Register tokens; must divide by 4."""
+    """Register tokens; must divide by 4, unless their coordinates are zeros."""
     drop_path_rate: float = 0.2
     """Share of the images that each residual branch leaves out in training."""
+    predictor_dim: int | None = None
+    """Width of the predictor; null is that of the encoder."""
+    predictor_heads: int | None = None
+    """Attention heads of the predictor; null is as many as the encoder has."""
+    register_coordinates: Literal["edge", "zeros"] = "edge"
+    """Where registers lie: around the patches, or all in their first corner."""
+    scale_registers: bool = True
+    """Count the coordinates of registers from the visible patches; off counts from the whole image."""
+    out_layer: int = -1
+    """The encoder's layer that the teacher clusters and that features are of: 0 is before the first block, k behind the
+    k-th, -1 the last. The predictor reads the last."""
+    rope_max_frequency: float = 7.0
+    """Highest rotary frequency, in periods over the side of an image."""
+    rope_min_frequency: float = 7e-4
+    """Lowest rotary frequency."""
+
+    def __post_init__(self) -> None:
+        # One name for one shape: configurations and files are compared.
+        if self.predictor_dim == self.embed_dim:
+            self.predictor_dim = None
+        if self.predictor_heads == self.num_heads:
+            self.predictor_heads = None
+
+    def predictor_shape(self) -> tuple[int, int]:
+        """Width and heads of the predictor."""
+        dim = self.embed_dim if self.predictor_dim is None else self.predictor_dim
+        return dim, self.num_heads if self.predictor_heads is None else self.predictor_heads
 
 
 @dataclass
@@ -51,6 +77,10 @@ class MaskingConfig:
     """Share of the masked patches that is predicted (the authors advise 0.2)."""
     roll: bool = True
     """Shift block masks cyclically on both axes, so that every cell is masked equally often."""
+    min_aspect: float = 0.5
+    """Least aspect ratio of a block, rows over columns."""
+    max_aspect: float | None = None
+    """Largest aspect ratio of a block; null is the inverse of the least."""
 
 
 @dataclass
@@ -97,6 +127,8 @@ class ClusteringConfig:
     """Sinkhorn-Knopp iterations, each over columns and rows."""
     positionwise: bool = True
     """Balance the assignments at each position separately; off balances all positions together."""
+    bias: bool = True
+    """Give the teacher's clustering layer a bias."""
 
 
 @dataclass
@@ -126,7 +158,9 @@ class OptimConfig:
     batch_size: int = 16384
     """Images per step over all ranks; also the batch of the Sinkhorn balancing."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW betas, student and clustering."""
+    """AdamW betas of the student."""
+    eps: float = 1e-8
+    """AdamW epsilon of the student."""
     weight_decay: float = 0.1
     """Weight decay of the student."""
     norm_weight_decay_multiplier: float = 0.1
@@ -135,6 +169,10 @@ class OptimConfig:
     """Multiplies the learning rate of the patch embedding."""
     clustering_weight_decay: float = 0.01
     """Weight decay of the teacher's clustering layer."""
+    clustering_betas: tuple[float, float] | None = None
+    """AdamW betas of the clustering layer; null are those of the student."""
+    clustering_eps: float | None = None
+    """AdamW epsilon of the clustering layer; null is that of the student."""
     lr: ScheduleConfig = field(default_factory=ScheduleConfig)
     """Learning rate of the student."""
     momentum: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(base=0.999, final=1.0, start=1.0))
@@ -217,7 +255,7 @@ def micro_batch_size(config: Config, world_size: int = 1) -> int:
 
 
 PRESETS = Path(__file__).parent / "presets"
-_SCHEDULES = ("lr", "momentum", "clustering_lr")
+SCHEDULES = ("lr", "momentum", "clustering_lr")
 
 
 def load_config(argv: Sequence[str] | None = None) -> Config:
@@ -310,7 +348,7 @@ def _resolved(parser: jsonargparse.ArgumentParser, option: str, value: str | Non
         except RecursionError:
             parser.error(f"{value} cannot be read: an alias stands within what it names")
         return option, str(path)
-    if value.startswith("{") or option.removeprefix("--optim.") in _SCHEDULES:
+    if value.startswith("{") or option.removeprefix("--optim.") in SCHEDULES:
         try:
             _check_node(parser, yaml.compose(value), option.removeprefix("--"), f" of {option}")
         except yaml.YAMLError as error:
@@ -329,14 +367,14 @@ def _check_node(parser: jsonargparse.ArgumentParser, node: yaml.Node | None, nam
                 parser.error(f"{full} is given twice, in lines {lines[key.value]} and {line}{place}")
             lines[key.value] = line
             _check_node(parser, child, full, place)
-    elif isinstance(node, yaml.ScalarNode) and name.removeprefix("optim.") in _SCHEDULES:
+    elif isinstance(node, yaml.ScalarNode) and name.removeprefix("optim.") in SCHEDULES:
         fields = ", ".join(ScheduleConfig.__dataclass_fields__)
         parser.error(f"{name} is a schedule ({fields}); for its peak set {name}.base {node.value}")
 
 
 def _fit_warmups(optim: OptimConfig, stated: set[str]) -> None:
     shortened = []
-    for name in _SCHEDULES:
+    for name in SCHEDULES:
         schedule: ScheduleConfig = getattr(optim, name)
         fits = schedule.freeze_steps + schedule.warmup_steps <= optim.steps
         if not fits and f"--optim.{name}.warmup_steps" not in stated:
@@ -352,66 +390,3 @@ def _fit_warmups(optim: OptimConfig, stated: set[str]) -> None:
 def to_yaml(config: Config) -> str:
     """The whole configuration, in a form that `--config` reads back."""
     return yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False)
-
-
-def check_config(config: Config, world_size: int = 1) -> None:
-    """Raises ValueError for values that do not fit together."""
-    model, data, optim = config.model, config.data, config.optim
-    _check_finite(asdict(config), "")
-    if data.image_size % model.patch_size or data.image_size < model.patch_size:
-        raise ValueError(
-            f"data.image_size must be a multiple of model.patch_size {model.patch_size}, got {data.image_size}"
-        )
-    if not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
-        raise ValueError(f"data.crop_scale must be an ascending range in (0, 1], got {data.crop_scale}")
-    if not 0 <= model.drop_path_rate < 1:
-        raise ValueError(f"model.drop_path_rate must lie in [0, 1), got {model.drop_path_rate}")
-    if optim.batch_size < 1 or optim.batch_size % world_size:
-        raise ValueError(
-            f"optim.batch_size must be a positive multiple of the {world_size} processes, got {optim.batch_size}"
-        )
-    local, micro = optim.batch_size // world_size, config.run.micro_batch_size
-    if micro is not None and (micro < 1 or local % min(micro, local)):
-        raise ValueError(f"run.micro_batch_size must divide the {local} images of a rank, got {micro}")
-    if optim.steps < 1:
-        raise ValueError(f"optim.steps must be at least 1, got {optim.steps}")
-    for name in ("log_every", "checkpoint_every", "keep_checkpoints", "max_nan_steps"):
-        if getattr(config.run, name) < 1:
-            raise ValueError(f"run.{name} must be at least 1, got {getattr(config.run, name)}")
-    for name in ("profile", "stop_timeout", "evaluate_every"):
-        if not getattr(config.run, name) >= 0:
-            raise ValueError(f"run.{name} must not be negative, got {getattr(config.run, name)}")
-    for name in ("target_temperature", "prediction_temperature", "student_temperature"):
-        if not getattr(config.clustering, name) > 0:
-            raise ValueError(f"clustering.{name} must be positive, got {getattr(config.clustering, name)}")
-    if config.clustering.n_prototypes < 1:
-        raise ValueError(f"clustering.n_prototypes must be at least 1, got {config.clustering.n_prototypes}")
-    if config.clustering.n_sinkhorn_iterations < 1:
-        iterations = config.clustering.n_sinkhorn_iterations
-        raise ValueError(f"clustering.n_sinkhorn_iterations must be at least 1, got {iterations}")
-    for name in _SCHEDULES:
-        schedule: ScheduleConfig = getattr(optim, name)
-        for end in ("start", "base", "final"):
-            if getattr(schedule, end) < 0:
-                raise ValueError(f"optim.{name}.{end} must not be negative, got {getattr(schedule, end)}")
-        if schedule.warmup_steps < 0 or schedule.freeze_steps < 0:
-            raise ValueError(f"optim.{name}.warmup_steps and .freeze_steps must not be negative, got {schedule}")
-        if schedule.warmup_steps + schedule.freeze_steps > optim.steps:
-            raise ValueError(
-                f"optim.{name}: {schedule.freeze_steps} frozen and {schedule.warmup_steps} warm-up steps do not fit in "
-                f"optim.steps {optim.steps}"
-            )
-    if not data.source:
-        raise ValueError("data.source must name the images (folder:PATH, hf:NAME, wds:PATTERN or synthetic), got none")
-    labelled = [name for name in ("evaluate_train", "evaluate_test") if getattr(config.run, name)]
-    if len(labelled) == 1 or (config.run.evaluate_every and not labelled and data.source != "synthetic"):
-        got = f"run.{labelled[0]} alone" if labelled else "neither"
-        raise ValueError(f"run.evaluate_every needs both run.evaluate_train and run.evaluate_test, got {got}")
-
-
-def _check_finite(values: Mapping, prefix: str) -> None:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            _check_finite(value, f"{prefix}{name}.")
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{prefix}{name} must be finite, got {value}")

@@ -1,4 +1,4 @@
-"""Products in 8-bit floating point (e4m3): x W^T, the rows of x and of W each scaled to reach the type's largest."""
+"""Products in 8-bit floating point (e4m3): x W^T, the rows of x and of W each scaled by a power of two."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from capi.config import Config
 from capi.distributed import World
 
 DTYPE = torch.float8_e4m3fn
-LARGEST = torch.finfo(DTYPE).max
+LARGEST = 256.0  # The largest power of two that there is.
 SINCE = (8, 9)  # The compute capability that brought such products.
 
 
@@ -25,9 +25,15 @@ class Quantized(NamedTuple):
 
 
 def quantized(x: Float[Tensor, "rows columns"]) -> Quantized:
-    """Each row to its own scale, so that its largest value is the largest that there is."""
+    """Each row to its own scale, so that its largest value lies above half of `LARGEST`.
+
+    The scale is a power of two, which changes the exponents of a row alone. The last bit of another, which devices and
+    compilers round in their own ways, decides how ties are rounded, a sixteenth of some rows: they differed by 2 %.
+    """
     wide = x.float()
-    scale = wide.abs().amax(1, keepdim=True).clamp(min=1e-12) / LARGEST
+    largest = wide.abs().amax(1, keepdim=True).clamp(min=2.0**-100)
+    # The next power of two: whatever there is of a fraction carries over to the exponent.
+    scale = (largest.view(torch.int32) + 0x7FFFFF & 0x7F800000).view(torch.float32) / LARGEST
     return Quantized((wide / scale).to(DTYPE), scale)
 
 

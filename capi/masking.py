@@ -1,6 +1,7 @@
 """Masks: which patches the student sees and which it predicts, packed over the images of a batch."""
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -72,6 +73,9 @@ def check_masking(masking: MaskingConfig, grid: tuple[int, int]) -> None:
         raise ValueError(f"masking.mask_ratio must lie in (0, 1), a range ascending, got {masking.mask_ratio}")
     if not 0 < masking.prediction_subsampling <= 1:
         raise ValueError(f"masking.prediction_subsampling must lie in (0, 1], got {masking.prediction_subsampling}")
+    if masking.min_aspect <= 0 or operator.gt(*_aspects(masking)):
+        bounds = f"{masking.min_aspect} and {masking.max_aspect}"
+        raise ValueError(f"masking.min_aspect and .max_aspect must be a positive ascending range, got {bounds}")
     n_tokens = grid[0] * grid[1]
     if _counts(masking, n_tokens, ratios[0])[1] < 1:
         raise ValueError(
@@ -85,6 +89,11 @@ def _counts(masking: MaskingConfig, n_tokens: int, ratio: float) -> tuple[int, i
     return n_masked, int(n_masked * masking.prediction_subsampling)
 
 
+def _aspects(masking: MaskingConfig) -> tuple[float, float]:
+    """The least and the largest aspect ratio of a block."""
+    return masking.min_aspect, 1 / masking.min_aspect if masking.max_aspect is None else masking.max_aspect
+
+
 def _draw_ratio(mask_ratio: float | tuple[float, float], rng: np.random.Generator) -> float:
     return rng.uniform(*mask_ratio) if isinstance(mask_ratio, tuple) else mask_ratio
 
@@ -96,22 +105,23 @@ def _sample_mask(
     if masking.kind == "random":
         return (rng.permutation(n_tokens) < n_masked).reshape(grid)
     if masking.kind == "block":
-        return _sample_block(grid, n_masked, masking.roll, rng)
-    return ~_sample_block(grid, n_tokens - n_masked, masking.roll, rng)
+        return _sample_block(masking, grid, n_masked, rng)
+    return ~_sample_block(masking, grid, n_tokens - n_masked, rng)
 
 
 def _sample_block(
-    grid: tuple[int, int], n_cells: int, roll: bool, rng: np.random.Generator
+    masking: MaskingConfig, grid: tuple[int, int], n_cells: int, rng: np.random.Generator
 ) -> Bool[np.ndarray, "rows columns"]:
-    """A block of exactly `n_cells` cells, of log-uniform aspect ratio (rows / columns) in [1/2, 2] where that fits."""
+    """A block of exactly `n_cells` cells, of log-uniform aspect ratio (rows / columns), in its bounds if that fits."""
     rows, columns = grid
     cells = np.zeros(grid, dtype=bool)
     if n_cells == 0:
         return cells
     narrowest, widest = math.log(n_cells / columns**2), math.log(rows**2 / (n_cells + 1e-5))
-    # A long thin grid may admit no aspect ratio in [1/2, 2]: then the block takes its full height or width.
-    low = min(max(math.log(0.5), narrowest), widest)
-    high = max(min(math.log(2.0), widest), narrowest)
+    # A long thin grid may admit no such aspect ratio: then the block takes its full height or width.
+    least, largest = map(math.log, _aspects(masking))
+    low = min(max(least, narrowest), widest)
+    high = max(min(largest, widest), narrowest)
     aspect = math.exp(low + (high - low) * rng.random())
     height = min(math.ceil(math.sqrt(n_cells * aspect)), rows)
     width = min(math.ceil(math.sqrt(n_cells / aspect)), columns)
@@ -119,6 +129,6 @@ def _sample_block(
     cells[top : top + height, left : left + width] = True
     # The block holds at least n_cells: what is too many goes, from its last row backwards.
     cells.reshape(-1)[np.flatnonzero(cells)[n_cells:]] = False
-    if roll:
+    if masking.roll:
         cells = np.roll(cells, (rng.integers(rows), rng.integers(columns)), axis=(0, 1))
     return cells

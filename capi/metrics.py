@@ -220,7 +220,7 @@ def training_flop_per_image(config: Config) -> float:
     cheaper and whatever is computed twice, so that figures of implementations compare.
     """
     model, masking = config.model, config.masking
-    d, prototypes = model.embed_dim, config.clustering.n_prototypes
+    d, (p, _), prototypes = model.embed_dim, model.predictor_shape(), config.clustering.n_prototypes
     tokens = (config.data.image_size // model.patch_size) ** 2
     ratio = masking.mask_ratio
     masked = int(tokens * (ratio if isinstance(ratio, int | float) else sum(ratio) / 2))
@@ -228,17 +228,18 @@ def training_flop_per_image(config: Config) -> float:
     queries = int(masked * masking.prediction_subsampling)
     context = model.n_registers + visible
 
-    def encoder(length: int) -> int:
-        return model.encoder_depth * (24 * length * d**2 + 4 * length**2 * d)
+    def encoder(length: int, depth: int = model.encoder_depth) -> int:
+        return depth * (24 * length * d**2 + 4 * length**2 * d)
 
     def patch_embedding(patches: int) -> int:
         return 2 * patches * 3 * model.patch_size**2 * d
 
-    predictor = model.predictor_depth * (20 * queries * d**2 + 4 * context * d**2 + 4 * queries * context * d)
-    student_head = 2 * queries * d * prototypes
+    predictor = model.predictor_depth * (20 * queries * p**2 + 4 * context * d * p + 4 * queries * context * p)
+    student_head = 2 * queries * p * prototypes
     teacher_head = 2 * tokens * d * prototypes
     student = 3 * (encoder(context) + predictor + student_head) + 2 * patch_embedding(visible)
-    teacher = encoder(model.n_registers + tokens) + patch_embedding(tokens) + 2 * teacher_head
+    clustered = model.out_layer % (model.encoder_depth + 1)
+    teacher = encoder(model.n_registers + tokens, clustered) + patch_embedding(tokens) + 2 * teacher_head
     return float(student + teacher)
 
 

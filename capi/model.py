@@ -17,6 +17,7 @@ from capi.casting import CastsWeights
 from capi.config import ClusteringConfig, ModelConfig
 from capi.coordinates import Coordinates, grid_coordinates, with_registers
 from capi.drop_path import Branches, DropPath, TakeRows
+from capi.heads import OnlineClustering, PredictionHead
 from capi.images import normalize_images, resized
 from capi.masking import Masks
 from capi.transformer import (
@@ -29,7 +30,6 @@ from capi.transformer import (
     Transformer,
     pack,
 )
-from capi_kernels import Potentials, clustering_head, clustering_targets
 
 
 class PatchEmbed(nn.Conv2d, CastsWeights):
@@ -68,25 +68,38 @@ class Backbone(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        dim, heads = config.embed_dim, config.num_heads
-        if dim % heads or (dim // heads) % 4:
-            raise ValueError(f"model.embed_dim / model.num_heads must be a multiple of 4, got {dim} / {heads}")
-        if config.n_registers % 4:
+        encoder, predictor = (config.embed_dim, config.num_heads), config.predictor_shape()
+        for (dim, heads), names in (
+            (encoder, "model.embed_dim / model.num_heads"),
+            (predictor, "width / heads of the predictor"),
+        ):
+            if min(dim, heads) < 1 or dim % heads or (dim // heads) % 4:
+                raise ValueError(f"{names} must be a multiple of 4, got {dim} / {heads}")
+        if config.register_coordinates == "edge" and config.n_registers % 4:
             raise ValueError(f"model.n_registers must be a multiple of 4, got {config.n_registers}")
         if config.encoder_depth < 1 or config.predictor_depth < 1:
             depths = f"{config.encoder_depth} and {config.predictor_depth}"
             raise ValueError(f"model.encoder_depth and model.predictor_depth must be at least 1, got {depths}")
+        layers = config.encoder_depth + 1
+        if not -layers <= config.out_layer < layers:
+            raise ValueError(f"model.out_layer must lie from {-layers} to {layers - 1}, got {config.out_layer}")
+        dim, predictor_dim = config.embed_dim, predictor[0]
         self.config = config
         # As timm and the official code call them.
         self.patch_size, self.embed_dim, self.num_prefix_tokens = config.patch_size, dim, config.n_registers
-        self.encoder = Transformer(dim, heads, config.encoder_depth, SelfAttention)
-        self.decoder = Transformer(dim, heads, config.predictor_depth, CrossAttention)
-        self.mask_token = nn.Parameter(torch.empty(1, dim))
+        self.encoder = Transformer(*encoder, config.encoder_depth, SelfAttention)
+        self.decoder = Transformer(*predictor, config.predictor_depth, CrossAttention, dim)
+        self.mask_token = nn.Parameter(torch.empty(1, predictor_dim))
         self.registers = nn.Parameter(torch.empty(1, config.n_registers, dim))
         self.patch_embed = PatchEmbed(3, dim, kernel_size=config.patch_size, stride=config.patch_size)
         self._kept: dict[tuple[tuple[int, int], torch.device], Coordinates] = {}
         self.enc_norm = RMSNorm(dim, eps=NORM_EPS, elementwise_affine=False)
-        self.dec_norm = RMSNorm(dim, eps=NORM_EPS, elementwise_affine=False)
+        self.dec_norm = RMSNorm(predictor_dim, eps=NORM_EPS, elementwise_affine=False)
+
+    @property
+    def out_layer(self) -> int:
+        """The encoder's layer that features are of: how many of its blocks come before it."""
+        return self.config.out_layer % (len(self.encoder.blocks) + 1)
 
     @torch.no_grad()
     def init_weights(self) -> "Backbone":
@@ -96,7 +109,7 @@ class Backbone(nn.Module):
             elif isinstance(module, nn.RMSNorm | nn.Conv2d):
                 module.reset_parameters()
             elif isinstance(module, Rope):
-                module.init_weights()
+                module.init_weights(self.config.rope_max_frequency, self.config.rope_min_frequency)
         nn.init.xavier_uniform_(self.patch_embed.weight.flatten(1))
         nn.init.normal_(self.registers, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
@@ -107,10 +120,14 @@ class Backbone(nn.Module):
         images: Shaped[Tensor, "images 3 height width"],
         masks: Masks | None = None,
         branches: Branches | None = None,
+        layer: int | None = None,
     ) -> tuple[Float[Tensor, "tokens dim"], Packed, tuple[int, ...]]:
-        """Encodes registers and visible patches (all of them without masks): tokens, their places and counts."""
+        """Encodes registers and visible patches (all of them without masks): tokens, their places and counts.
+
+        As far as `layer`, by default the last.
+        """
         x, packed, counts = self._embed(images, masks)
-        return self.enc_norm(self.encoder(x, packed, counts, branches=branches)), packed, counts
+        return self.enc_norm(self.encoder(x, packed, counts, branches=branches, n_blocks=layer)), packed, counts
 
     def _embed(
         self, images: Shaped[Tensor, "images 3 height width"], masks: Masks | None = None
@@ -130,10 +147,12 @@ class Backbone(nn.Module):
             if masks is None:
                 packed = pack(counts, of_grid.tokens.repeat(n_images, 1))._replace(of_each=of_grid.tokens)
             else:
-                packed = pack(counts, with_registers(coords.unflatten(0, (n_images, -1)), of_grid.edge).flatten(0, 1))
+                coords = coords.unflatten(0, (n_images, -1))
+                packed = pack(counts, with_registers(coords, of_grid.edge, self.config.scale_registers).flatten(0, 1))
         else:
             packed = pack(counts, coords)
-            x, coords = _interleaved(registers, of_grid.edge, x, coords, masks.visible_indices // n_tokens, packed)
+            where = coords, masks.visible_indices // n_tokens, packed, self.config.scale_registers
+            x, coords = _interleaved(registers, of_grid.edge, x, *where)
             packed = packed._replace(coords=coords)
         return x, packed, counts
 
@@ -160,7 +179,7 @@ class Backbone(nn.Module):
         layers: Sequence[int] | None = None,
         resize: int | tuple[int, int] | Literal["multiple"] | None = None,
     ) -> tuple[
-        Float[Tensor, "images dim"],
+        Float[Tensor, "images predictor_dim"],
         Float[Tensor, "images registers dim"] | list[Float[Tensor, "images registers dim"]],
         Float[Tensor, "images rows columns dim"] | list[Float[Tensor, "images rows columns dim"]],
     ]:
@@ -171,7 +190,7 @@ class Backbone(nn.Module):
         Args:
             layers: the layers whose registers and maps are wanted, which then are lists, in this order: 0 is what goes
                 into the first block, k what comes out of the k-th, -1 the last. All have the encoder's final norm, as
-                in the official code; it has no weights.
+                in the official code; it has no weights. By default `model.out_layer` alone, not in lists.
             resize: for images of any size: (height, width), the pixels of the shorter side, or "multiple", as
                 `resized` has it.
 
@@ -183,9 +202,9 @@ class Backbone(nn.Module):
         grid, n_images, depth = self._grid(images), images.shape[0], len(self.encoder.blocks)
         if any(not -depth - 1 <= layer <= depth for layer in layers or ()):
             raise ValueError(f"layers must be numbers from {-depth - 1} to {depth}, got {list(layers)}")
-        wanted = None if layers is None else [layer % (depth + 1) for layer in layers]
+        wanted = [self.out_layer] if layers is None else [layer % (depth + 1) for layer in layers]
         outputs = {}
-        if wanted is None:
+        if wanted == [depth]:
             context, context_packed, _ = self.encode(images)
         else:
             x, context_packed, _ = self._embed(images)
@@ -193,22 +212,23 @@ class Backbone(nn.Module):
                 if number in wanted:
                     outputs[number] = self.enc_norm(x)
                 x = block(x, context_packed)
-            context = outputs[depth] = self.enc_norm(x)
+            context = self.enc_norm(x)
+        outputs[depth] = context
         coords = self._coordinates(grid, images.device).patches.repeat(n_images, 1)
         counts = (grid[0] * grid[1],) * n_images
         x = self.mask_token.to(context.dtype).expand(coords.shape[0], -1)
         predicted = self.dec_norm(self.decoder.blocks[0](x, pack(counts, coords), context, context_packed))
         global_vector = predicted.unflatten(0, (n_images, -1)).mean(1)
-        if wanted is None:
-            return global_vector, *self._registers_and_map(context, grid)
         pairs = [self._registers_and_map(outputs[number], grid) for number in wanted]
+        if layers is None:
+            return global_vector, *pairs[0]
         return global_vector, [registers for registers, _ in pairs], [feature_map for _, feature_map in pairs]
 
     def forward_features(
         self, images: Shaped[Tensor, "images 3 height width"]
     ) -> Float[Tensor, "images registers_and_patches dim"]:
         """The encoder's tokens, as timm has them: `num_prefix_tokens` registers, then the patches, row by row."""
-        tokens, _, counts = self.encode(images)
+        tokens, _, counts = self.encode(images, layer=self.out_layer)
         return tokens.unflatten(0, (-1, counts[0]))
 
     def _registers_and_map(
@@ -233,11 +253,11 @@ class Backbone(nn.Module):
         Not kept is what has no memory of its own: a tracer's tensors, and those of a graph that is being captured.
         """
         if torch.compiler.is_compiling():
-            return grid_coordinates(grid, self.config.n_registers, device)
+            return grid_coordinates(grid, self.config, device)
         if (grid, device) in self._kept:
             return self._kept[grid, device]
         with torch.inference_mode(False):  # Tensors made in it could be used in no other.
-            coordinates = grid_coordinates(grid, self.config.n_registers, device)
+            coordinates = grid_coordinates(grid, self.config, device)
         captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if type(coordinates.tokens) is Tensor and not captured:
             self._kept[grid, device] = coordinates
@@ -251,8 +271,9 @@ def _interleaved(
     coords: Float[Tensor, "visible 2"],
     image: Int[Tensor, "visible"],
     packed: Packed,
+    scaled: bool,
 ) -> tuple[Float[Tensor, "tokens dim"], Float[Tensor, "tokens 2"]]:
-    """Tokens and coordinates, registers before the patches of their image, which `edge` places around these.
+    """Tokens and coordinates, registers before the patches of their image, as `with_registers` has them.
 
     In launches whose number does not depend on that of the images.
     """
@@ -268,92 +289,16 @@ def _interleaved(
     first = (start - ascending[:n_images] * n_registers).unsqueeze(1)
     some = first + torch.minimum(ascending[: packed.max_seqlen - n_registers], patches.unsqueeze(1) - 1)
     low, high = coords[some].aminmax(dim=1, keepdim=True)
-    coords = torch.cat([(low + edge * (high - low)).flatten(0, 1), coords]).index_select(0, tokens)
+    at = low + edge * (high - low) if scaled else edge.expand(n_images, -1, -1)
+    coords = torch.cat([at.flatten(0, 1), coords]).index_select(0, tokens)
     return TakeRows.apply(torch.cat([registers.flatten(0, 1), x]), tokens, place), coords
-
-
-class WeightNormLinear(nn.Module):
-    """x W^T with W = v g / (|v| + 1e-8), row by row."""
-
-    def __init__(self, dim: int, n_prototypes: int):
-        super().__init__()
-        self.weight_g = nn.Parameter(torch.empty(n_prototypes, 1))
-        self.weight_v = nn.Parameter(torch.empty(n_prototypes, dim))
-
-    def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch prototypes"]:
-        norm = self.weight_v.norm(dim=1, keepdim=True)
-        return F.linear(x, (self.weight_v * (self.weight_g / (norm + 1e-8))).to(x.dtype))
-
-
-class PredictionHead(nn.Module):
-    """The student's head: cosine similarities to the prototypes, scaled by g."""
-
-    def __init__(self, dim: int, n_prototypes: int):
-        super().__init__()
-        self.last_layer = WeightNormLinear(dim, n_prototypes)
-
-    def init_weights(self) -> "PredictionHead":
-        nn.init.trunc_normal_(self.last_layer.weight_v, std=0.02)
-        nn.init.ones_(self.last_layer.weight_g)
-        return self
-
-    def forward(self, x: Float[Tensor, "predicted dim"]) -> Float[Tensor, "predicted prototypes"]:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return self.last_layer(F.normalize(wide, dim=-1, eps=1e-12).to(x.dtype))
-
-
-class OnlineClustering(nn.Module):
-    """The teacher's head: a linear layer to the prototypes, trained on its own Sinkhorn-balanced assignment."""
-
-    def __init__(self, dim: int, config: ClusteringConfig):
-        super().__init__()
-        self.config = config
-        self.layer = nn.Linear(dim, config.n_prototypes)
-
-    def init_weights(self) -> "OnlineClustering":
-        nn.init.normal_(self.layer.weight)
-        nn.init.zeros_(self.layer.bias)
-        return self
-
-    def forward(self, features: Float[Tensor, "images positions dim"]) -> tuple[Float[Tensor, ""], Potentials]:
-        """The clustering loss over all patches, and the potentials of their assignments."""
-        out = clustering_head(
-            features.transpose(0, 1),
-            self.layer.weight,
-            self.layer.bias,
-            target_temperature=self.config.target_temperature,
-            prediction_temperature=self.config.prediction_temperature,
-            n_iterations=self.config.n_sinkhorn_iterations,
-            positionwise=self.config.positionwise,
-        )
-        return out.loss, out.potentials
-
-    def targets(
-        self,
-        features: Float[Tensor, "images positions dim"],
-        potentials: Potentials,
-        rows: Int[Tensor, "selected"],
-        first_image: int = 0,
-    ) -> Float[Tensor, "selected prototypes"]:
-        """The assignments of the batch-flat `rows` of `features`, in their order.
-
-        The potentials may be those of more images, of which the first of `features` is number `first_image`.
-        """
-        return clustering_targets(
-            features.flatten(0, 1).index_select(0, rows),
-            self.layer.weight,
-            self.layer.bias,
-            potentials,
-            rows + first_image * features.shape[1],
-            target_temperature=self.config.target_temperature,
-        )
 
 
 class Student(nn.Module):
     def __init__(self, model: ModelConfig, n_prototypes: int):
         super().__init__()
         self.backbone = Backbone(model)
-        self.head = PredictionHead(model.embed_dim, n_prototypes)
+        self.head = PredictionHead(model.predictor_shape()[0], n_prototypes)
 
     def forward(
         self, images: Shaped[Tensor, "images 3 height width"], masks: Masks, drop_path: DropPath | None = None
@@ -390,6 +335,6 @@ class CAPI(nn.Module):
     def teacher_features(
         self, images: Shaped[Tensor, "images 3 height width"]
     ) -> Float[Tensor, "images positions dim"]:
-        """What the moving average's encoder says of every patch."""
-        features, _, counts = self.student_ema.backbone.encode(images)
+        """What the moving average's encoder, as far as `model.out_layer`, says of every patch."""
+        features, _, counts = self.student_ema.backbone.encode(images, layer=self.student_ema.backbone.out_layer)
         return features.unflatten(0, (len(counts), -1))[:, self.student_ema.backbone.config.n_registers :]

@@ -37,11 +37,13 @@ def build_optimizers(model: CAPI, config: OptimConfig) -> tuple[torch.optim.Adam
             for (lr, decay), params in groups.items()
         ],
         betas=config.betas,
+        eps=config.eps,
         fused=True,
     )
     clustering = torch.optim.AdamW(
         model.teacher["head"].parameters(),
-        betas=config.betas,
+        betas=config.betas if config.clustering_betas is None else config.clustering_betas,
+        eps=config.eps if config.clustering_eps is None else config.clustering_eps,
         weight_decay=config.clustering_weight_decay,
         fused=True,
     )

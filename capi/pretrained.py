@@ -54,7 +54,8 @@ def load(name: str | Path, config: ModelConfig | None = None, *, weights: str = 
             where later loads check that it is the same still), a run's folder (its exported encoder, or its newest
             checkpoint), the folder of a Hugging Face repository, or a file: an exported encoder, a training checkpoint,
             or any state dict of safetensors or torch.save. No code from a file is run.
-        config: the shape that the model must have; by default that of the weights.
+        config: the shape that the model must have; by default that of the weights. A bare state dict does not say where
+            registers lie nor which layer counts: where that is not at its default, it must be said here.
         weights: of a training's two encoders the moving average ("ema"), which is the teacher, or the "student"
             itself, which checkpoints alone hold.
 
@@ -69,6 +70,7 @@ def load(name: str | Path, config: ModelConfig | None = None, *, weights: str = 
     found = read(name, weights=weights)
     if config is not None:
         check_shape(config, found)
+        found = replace(found, shape=replace(config, drop_path_rate=0.0))
     return build(found)
 
 

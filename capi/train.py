@@ -11,7 +11,8 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from capi.checkpoint import newest_checkpoint, step_of
-from capi.config import Config, check_config, load_config
+from capi.config import Config, load_config
+from capi.config_check import check_config
 from capi.data.prefetch import DevicePrefetcher
 from capi.distributed import World, any_rank, join_world
 from capi.evaluate.on_the_way import Evaluator

@@ -25,8 +25,6 @@ from capi_kernels import (
 )
 
 NORM_EPS = 1e-5
-ROPE_MAX_FREQUENCY = 7.0  # periods over the side of an image
-ROPE_MIN_FREQUENCY = 7e-4
 
 
 class Packed(NamedTuple):
@@ -111,10 +109,10 @@ class Rope(nn.Module):
             self.freqs.data = exact.to(self.freqs.device)
         return self
 
-    def init_weights(self) -> None:
+    def init_weights(self, highest: float = 7.0, lowest: float = 7e-4) -> None:
+        """In periods over the image's side."""
         half = self.freqs.shape[1] // 2
-        ratio = ROPE_MAX_FREQUENCY / ROPE_MIN_FREQUENCY
-        frequencies = 2 * torch.pi * ROPE_MAX_FREQUENCY * ratio ** torch.linspace(0, -1, half // 2)
+        frequencies = 2 * torch.pi * highest * (highest / lowest) ** torch.linspace(0, -1, half // 2)
         self.freqs.zero_()
         self.freqs[0, :half] = frequencies.repeat(2)  # the row turns the first half of the channels
         self.freqs[1, half:] = frequencies.repeat(2)  # the column the second
@@ -123,12 +121,12 @@ class Rope(nn.Module):
 class Attention(CastsWeights):
     """Multi-head attention with rotary queries and keys."""
 
-    def __init__(self, dim: int, num_heads: int):
+    def __init__(self, dim: int, num_heads: int, context_dim: int):
         super().__init__()
         self.num_heads = num_heads
         self.q_proj = nn.Linear(dim, dim, bias=False)
-        self.k_proj = nn.Linear(dim, dim, bias=False)
-        self.v_proj = nn.Linear(dim, dim, bias=False)
+        self.k_proj = nn.Linear(context_dim, dim, bias=False)
+        self.v_proj = nn.Linear(context_dim, dim, bias=False)
         self.proj = nn.Linear(dim, dim, bias=False)
         self.rope = Rope(dim // num_heads)
 
@@ -159,9 +157,9 @@ class CrossAttention(Attention):
         self,
         x: Float[Tensor, "queries dim"],
         packed: Packed,
-        context: Float[Tensor, "context dim"],
+        context: Float[Tensor, "context context_dim"],
         context_packed: Packed,
-        read: Float[Tensor, "images keys dim"] | None,
+        read: Float[Tensor, "images keys context_dim"] | None,
         *,
         onto: Float[Tensor, "queries dim"] | None = None,
     ) -> Float[Tensor, "queries dim"]:
@@ -186,12 +184,14 @@ class CrossAttention(Attention):
             k = F.linear(context, k_weight).unflatten(-1, (self.num_heads, -1))
             weights = cross_attention_weights(q, k, *where, read.shape[1])  # [images, heads, queries, keys]
             # On a GPU the heads of a query stand together in memory, and nothing is copied.
-            summed = torch.bmm(weights.transpose(1, 2).flatten(1, 2), read)  # [images, queries heads, dim]
+            summed = torch.bmm(weights.transpose(1, 2).flatten(1, 2), read)  # [images, queries heads, context_dim]
             out = project_heads(summed.view(len(q), self.num_heads, -1), v_weight.unflatten(0, (self.num_heads, -1)))
         return _product(out.flatten(1), proj_weight, onto)
 
 
-def _values_come_last(counts: Sequence[int], context_counts: Sequence[int], heads: int, dim: int) -> bool:
+def _values_come_last(
+    counts: Sequence[int], context_counts: Sequence[int], heads: int, dim: int, context_dim: int
+) -> bool:
     """Whether to project the weighted sums of the context rather than the context: P (X W^T) = (P X) W^T.
 
     Values carry no rotary embedding, so both are the same; with few queries the second takes fewer FLOP. It needs as
@@ -199,7 +199,8 @@ def _values_come_last(counts: Sequence[int], context_counts: Sequence[int], head
     """
     queries, keys = counts[0], context_counts[0]
     equal = len(set(counts)) == len(set(context_counts)) == 1
-    return equal and queries * (heads * keys + dim) < keys * (queries + dim)
+    last = queries * context_dim * (heads * keys + dim)
+    return equal and last < keys * dim * (queries + context_dim)
 
 
 def _row(keys: int, device: torch.device) -> int:
@@ -272,7 +273,7 @@ class Block(nn.Module):
         self,
         x: Float[Tensor, "tokens dim"],
         packed: Packed,
-        context: Float[Tensor, "context dim"] | None = None,
+        context: Float[Tensor, "context context_dim"] | None = None,
         context_packed: Packed | None = None,
         attention_subset: Subset | None = None,
         context_subset: Subset | None = None,
@@ -296,9 +297,12 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self, dim: int, num_heads: int, depth: int, attention: type[Attention]):
+    def __init__(
+        self, dim: int, num_heads: int, depth: int, attention: type[Attention], context_dim: int | None = None
+    ):
         super().__init__()
-        self.blocks = nn.ModuleList(Block(dim, attention(dim, num_heads)) for _ in range(depth))
+        of_each = dim, num_heads, context_dim or dim
+        self.blocks = nn.ModuleList(Block(dim, attention(*of_each)) for _ in range(depth))
         self.checkpoint_activations = False
         self.in_place = False
         """Without gradients and drop-path, add the residual branches to the x that is given, which is lost."""
@@ -315,12 +319,15 @@ class Transformer(nn.Module):
         x: Float[Tensor, "tokens dim"],
         packed: Packed,
         counts: Sequence[int],
-        context: Float[Tensor, "context dim"] | None = None,
+        context: Float[Tensor, "context context_dim"] | None = None,
         context_packed: Packed | None = None,
         context_counts: Sequence[int] = (),
         branches: Branches | None = None,
+        n_blocks: int | None = None,
     ) -> Float[Tensor, "tokens dim"]:
-        depth = len(self.blocks)
+        """Through all blocks, or without drop-path through the first `n_blocks`."""
+        blocks = list(self.blocks)[:n_blocks]
+        depth = len(blocks)
         attention = of_context = mlp = [None] * depth
         if branches is not None:  # Those of the attentions, then those of the MLPs.
             chosen = subsets(branches, counts, packed.cu_seqlens)
@@ -332,9 +339,10 @@ class Transformer(nn.Module):
             packed = packed._replace(tables=tuple(table.repeat(len(counts), 1) for table in tables))
         # Chosen here, on the host: in a compiled block it would be another condition to compile for.
         heads = self.blocks[0].residual1.fn.num_heads
-        values_last = context is not None and _values_come_last(counts, context_counts, heads, x.shape[1])
+        dims = (x.shape[1], x.shape[1] if context is None else context.shape[1])
+        values_last = context is not None and _values_come_last(counts, context_counts, heads, *dims)
         in_place = self.in_place and branches is None and not torch.is_grad_enabled()
-        for block, *chosen in zip(self.blocks, attention, of_context, mlp, strict=True):
+        for block, *chosen in zip(blocks, attention, of_context, mlp, strict=True):
             arguments = (x, packed, context, context_packed, *chosen, values_last, in_place)
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from capi.checkpoint import newest_checkpoint
-from capi.config import ModelConfig
+from capi.config import ModelConfig, config_of
 
 EXPORTS = ("encoder.safetensors", "model.safetensors")
 """How an exported encoder is called in a run's folder, and in that of a Hugging Face repository."""
@@ -25,6 +25,9 @@ HEADS = "heads.safetensors"
 """What lies beside it: the teacher's clustering, and the student's head."""
 # What DataParallel, torch.compile, FSDP and activation checkpointing put between the names of modules.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_BARE = "a state dict"
+# What of a configuration the weights do not show.
+_UNSEEN = ("register_coordinates", "scale_registers", "out_layer", "rope_max_frequency", "rope_min_frequency")
 _NO_WEIGHTS = {
     b"<": "it is an HTML or XML page",
     b"version https://git-lfs": "it is a Git LFS pointer; git lfs pull brings the file",
@@ -55,10 +58,11 @@ class EncoderWeights:
     @property
     def description(self) -> str:
         """The shape of the model, in words."""
-        shape = self.shape
+        shape, (predictor_dim, predictor_heads) = self.shape, self.shape.predictor_shape()
+        heads = f"{shape.num_heads} heads" + (f" and {predictor_heads}" if shape.predictor_heads else "")
         return (
-            f"encoder {shape.encoder_depth} x {shape.embed_dim}, predictor {shape.predictor_depth} x "
-            f"{shape.embed_dim}, {shape.num_heads} heads, {shape.n_registers} registers, patches of {shape.patch_size}"
+            f"encoder {shape.encoder_depth} x {shape.embed_dim}, predictor {shape.predictor_depth} x {predictor_dim}, "
+            f"{heads}, {shape.n_registers} registers, patches of {shape.patch_size}"
         )
 
 
@@ -87,9 +91,11 @@ def read_weights(path: Path, weights: str = "ema") -> EncoderWeights:
             or says another shape of model than its weights have.
     """
     content, metadata = _load(path)
-    kind, run_config, declared = "a state dict", None, {}
+    kind, run_config, declared = _BARE, None, {}
     if "config" in metadata:
         kind, declared = "an exported encoder", _parse(metadata["config"], path)
+    elif path.name == EXPORTS[1] and path.with_name("config.json").is_file():
+        kind, declared = "an exported encoder", _parse(_text(path.with_name("config.json")), path)
     elif isinstance(content, Mapping) and {"trainer", "step", "config"} <= content.keys():
         kind, run_config = f"a training checkpoint after step {content['step']}", content["config"]
         declared = run_config.get("model") if isinstance(run_config, Mapping) else None
@@ -103,6 +109,8 @@ def read_weights(path: Path, weights: str = "ema") -> EncoderWeights:
     if not prefix:
         state = {name: tensor for name, tensor in state.items() if not name.startswith(("head.", "teacher.head."))}
     shape = _shape(state, path)
+    if unseen := {name: declared[name] for name in _UNSEEN if declared.get(name) not in (None, getattr(shape, name))}:
+        shape = config_of({"model": asdict(shape) | unseen}).model
     if unknown := declared.keys() - asdict(shape).keys():
         fields = ", ".join(sorted(map(str, unknown)))
         raise ValueError(f"{path} is of a newer version: its model's configuration has the unknown {fields}")
@@ -131,8 +139,9 @@ def read_teacher_head(path: Path) -> dict[str, Tensor]:
 
 
 def check_shape(config: ModelConfig, weights: EncoderWeights) -> None:
-    """Raises ValueError if the weights are not those of a model of this configuration."""
-    _compare(asdict(config), weights.shape, f"the weights of {weights.path} do not fit the model configuration")
+    """Raises ValueError if the weights are not those of a model of this configuration, as far as they tell."""
+    stated = {name: x for name, x in asdict(config).items() if weights.kind != _BARE or name not in _UNSEEN}
+    _compare(stated, weights.shape, f"the weights of {weights.path} do not fit the model configuration")
 
 
 def _compare(stated: Mapping, shape: ModelConfig, failure: str) -> None:
@@ -170,6 +179,13 @@ def _load(path: Path) -> tuple[object, dict[str, str]]:
     except Exception as error:  # whatever a damaged file makes the loaders raise
         reason = str(error).split("\n")[0][:200] or type(error).__name__
         raise ValueError(f"{path} cannot be read as weights: {reason}") from error
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def _parse(config: str, path: Path) -> Mapping:
@@ -237,13 +253,17 @@ def _shape(state: Mapping[str, Tensor], path: Path) -> ModelConfig:
         _, n_registers, _ = state["registers"].shape
         _, head_dim = state["encoder.blocks.0.residual1.fn.rope.freqs"].shape
         heads = dim // head_dim
+        _, predictor_dim = state["mask_token"].shape
+        _, head_dim = state["decoder.blocks.0.residual1.fn.rope.freqs"].shape
+        predictor = {"predictor_dim": predictor_dim, "predictor_heads": predictor_dim // head_dim}
     except (KeyError, ValueError, ZeroDivisionError) as error:
         raise ValueError(
             f"the shape of the model cannot be told from the weights of {path}: expected patch_embed.weight "
-            "[dim, 3, patch, patch], registers [1, n, dim] and encoder.blocks.0.residual1.fn.rope.freqs [2, head_dim]"
+            "[dim, 3, patch, patch], registers [1, n, dim], mask_token [1, dim] and of encoder and decoder "
+            "blocks.0.residual1.fn.rope.freqs [2, head_dim]"
         ) from error
     depths = [
         len({name.split(".")[2] for name in state if name.startswith(f"{stack}.blocks.")})
         for stack in ("encoder", "decoder")
     ]
-    return ModelConfig(patch_size, dim, heads, *depths, n_registers=n_registers, drop_path_rate=0.0)
+    return ModelConfig(patch_size, dim, heads, *depths, n_registers=n_registers, drop_path_rate=0.0, **predictor)

@@ -9,15 +9,17 @@ from capi.config import (
     PRESETS,
     Config,
     DataConfig,
+    ModelConfig,
     OptimConfig,
     RunConfig,
     ScheduleConfig,
-    check_config,
     config_of,
     load_config,
     micro_batch_size,
     to_yaml,
 )
+from capi.config_check import check_config
+from capi.masking import check_masking
 from capi.metrics import entropy_floor
 
 
@@ -62,6 +64,14 @@ def test_presets_hold_the_papers_values(preset, width, heads, encoder, predictor
     check_config(config)
 
 
+@pytest.mark.parametrize("preset", ["vits14", "vitb14"])
+def test_a_dense_preset_differs_in_its_predictions_alone(preset) -> None:
+    changed = ["--masking.prediction_subsampling", "0.2", "--run.output_dir", f"runs/{preset}_dense"]
+    dense = load_config(["--config", f"{preset}_dense"])
+    assert dense == load_config(["--config", preset, *changed])
+    check_masking(dense.masking, (16, 16))
+
+
 def test_options_override_the_preset_and_the_yaml_reads_back(tmp_path) -> None:
     config = load_config(["--config", "vits14", "--optim.batch_size", "256", "--masking.mask_ratio", "[0.5, 0.7]"])
     assert config.optim.batch_size == 256
@@ -78,7 +88,7 @@ def test_options_override_the_preset_and_the_yaml_reads_back(tmp_path) -> None:
         (["--optim.batch_size", "many"], "optim.batch_size"),
         (["--masking.kind", "stripes"], "masking.kind"),
         (["--config", "no-such-preset"], "no-such-preset"),
-        (["--config", "vitL14"], "--config takes a YAML file or a preset (tiny, vitb14, vitl14, vits14), got vitL14"),
+        (["--config", "vitL14"], "(tiny, vitb14, vitb14_dense, vitl14, vits14, vits14_dense), got vitL14"),
         (["--config", "."], "--config takes a YAML file or a preset"),
         (["--optim.step", "5"], "--optim.step"),
         (["--optim.lr", "1e-3"], "for its peak set optim.lr.base 1e-3"),
@@ -193,6 +203,11 @@ def test_help_explains_every_field(capsys) -> None:
         (Config(data=DataConfig(image_size=225)), "data.image_size must be a multiple of model.patch_size 14, got 225"),
         (Config(data=DataConfig(crop_scale=(0.8, 0.6))), "crop_scale must be an ascending range"),
         (Config(optim=OptimConfig(batch_size=6)), "optim.batch_size must be a positive multiple of the 4 processes"),
+        (Config(optim=OptimConfig(betas=(0.9, 1.0))), r"optim.betas must lie in \[0, 1\), got \(0.9, 1.0\)"),
+        (Config(optim=OptimConfig(clustering_betas=(-0.1, 0.9))), "optim.clustering_betas must lie in"),
+        (Config(optim=OptimConfig(clustering_eps=-1e-8)), "optim.clustering_eps must not be negative, got -1e-08"),
+        (Config(model=ModelConfig(rope_min_frequency=8.0)), "not above model.rope_max_frequency 7.0, got 8.0"),
+        (Config(model=ModelConfig(rope_min_frequency=0.0)), "rope_min_frequency must be positive"),
         (Config(optim=OptimConfig(steps=10)), "warm-up steps do not fit in optim.steps 10"),
         (Config(optim=OptimConfig(lr=ScheduleConfig(warmup_steps=-1))), "must not be negative"),
         (Config(run=RunConfig(log_every=0)), "run.log_every must be at least 1, got 0"),

@@ -17,7 +17,7 @@ from tiny_runs import assert_equal_states, load_tiniest, metrics_of, tiniest
 
 from capi import pretrained
 from capi.checkpoint import load_newest_checkpoint
-from capi.config import check_config
+from capi.config_check import check_config
 from capi.evaluate import evaluate_labelled, on_the_way, synthetic
 from capi.evaluate.labelled import open_labelled
 from capi.evaluate.probes import Grid

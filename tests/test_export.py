@@ -22,7 +22,7 @@ from capi.config import Config, to_yaml
 from capi.distributed import World
 from capi.export.__main__ import main
 from capi.export.plain import PlainEncoder
-from capi.model import CAPI, Backbone
+from capi.model import CAPI, Backbone, Student
 from capi.step import Trainer
 
 ROOT = Path(__file__).parent.parent
@@ -191,6 +191,22 @@ def test_a_repository_loads_offline_and_describes_itself(run_dir, model, config,
         Encoder.from_pretrained(folder)
 
 
+def test_a_repository_knows_what_weights_do_not_show(config, tmp_path) -> None:
+    from capi.hub import Encoder
+
+    other = replace(config.model, predictor_dim=24, n_registers=3, register_coordinates="zeros", out_layer=1)
+    student = Student(other, 8)
+    student.backbone.init_weights()
+    student.head.init_weights()
+    save_encoder(tmp_path / "encoder.safetensors", student, other)
+    folder = export(tmp_path / "encoder.safetensors", "hub", tmp_path / "repository")
+    for loaded in (pretrained.load(folder), Encoder.from_pretrained(folder)):
+        assert_same_encoder(loaded, student.backbone)
+    (folder / "config.json").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"config\.json cannot be read"):
+        pretrained.load(folder)
+
+
 def test_a_repository_is_replaced_whole(run_dir, tmp_path) -> None:
     """Heads of another encoder would pass for this one's."""
     from capi.hub import Encoder
@@ -214,10 +230,12 @@ def test_torch_hub_finds_the_entry_points(run_dir, model) -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 12, 20), (1, 3, 4, 20), (3, 3, 4, 4)])
-def test_the_plain_encoder_is_the_encoder(shape, model) -> None:
-    backbone, images = model.student_ema.backbone, torch.randn(shape)
-    with torch.no_grad():
-        assert_close(PlainEncoder(backbone)(images), backbone(images))
+def test_the_plain_encoder_is_the_encoder(shape, model, config) -> None:
+    images = torch.randn(shape)
+    other = replace(config.model, predictor_dim=24, predictor_heads=3, scale_registers=False, out_layer=1)
+    for backbone in (model.student_ema.backbone, Backbone(other).init_weights()):
+        with torch.no_grad():
+            assert_close(PlainEncoder(backbone)(images), backbone(images))
 
 
 def assert_close(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:

@@ -28,7 +28,8 @@ class Case:
     def __init__(self, fused: bool, n_prototypes: int, device: torch.device, copies: torch.dtype | None):
         torch.manual_seed(0)
         self.model = CAPI(SHAPE, ClusteringConfig(n_prototypes=n_prototypes)).init_weights().to(device)
-        self.optimizers = build_optimizers(self.model, OptimConfig())
+        own = {"eps": 1e-6, "clustering_betas": (0.7, 0.99), "clustering_eps": 1e-3}
+        self.optimizers = build_optimizers(self.model, OptimConfig(**own))
         self.device, self.fused, self.dtype = device, fused, copies
         self.build()
 

@@ -65,6 +65,21 @@ def test_an_unrolled_block_is_one_rectangle_but_for_its_last_row() -> None:
     assert len(set(sizes)) > 5
 
 
+@pytest.mark.parametrize(("low", "high"), [(0.25, 0.5), (2.0, 4.0), (0.8, None), (1.0, 1.0)])
+def test_blocks_have_the_aspect_ratios_that_are_asked_for(low, high) -> None:
+    masking = MaskingConfig(kind="block", roll=False, mask_ratio=0.25, min_aspect=low, max_aspect=high)
+    masks = sample_masks(masking, (128, 128), rngs(200))
+    ratios = []
+    for seen in by_image(masks.visible_indices, masks.visible_counts, 128**2):
+        masked = torch.ones(128**2, dtype=torch.bool)
+        masked[seen] = False
+        height, width = (int(axis.max() - axis.min()) + 1 for axis in masked.view(128, 128).nonzero().unbind(1))
+        ratios.append(height / width)
+    largest = high or 1 / low
+    assert low / 1.15 <= min(ratios) <= 1.15 * low
+    assert largest / 1.15 <= max(ratios) <= 1.15 * largest
+
+
 def test_roll_wraps_around_the_edges() -> None:
     def touching_both_edges(roll: bool) -> int:
         masks = sample_masks(MaskingConfig(kind="inverse_block", roll=roll), (16, 16), rngs(200))
@@ -90,6 +105,9 @@ def test_one_generator_fixes_one_image() -> None:
         (MaskingConfig(mask_ratio=1.0), r"masking.mask_ratio must lie in \(0, 1\).*got 1.0"),
         (MaskingConfig(mask_ratio=(0.7, 0.5)), "a range ascending, got"),
         (MaskingConfig(prediction_subsampling=0.0), r"prediction_subsampling must lie in \(0, 1\], got 0.0"),
+        (MaskingConfig(min_aspect=0.0), "must be a positive ascending range, got 0.0 and None"),
+        (MaskingConfig(min_aspect=2.0), "must be a positive ascending range, got 2.0 and None"),
+        (MaskingConfig(max_aspect=0.4), "must be a positive ascending range, got 0.5 and 0.4"),
         (MaskingConfig(prediction_subsampling=0.05), "at least one predicted patch an image, got none: 16 patches"),
     ],
 )

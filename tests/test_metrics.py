@@ -8,7 +8,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.flop_counter import FlopCounterMode
 
-from capi import model, transformer
+from capi import heads, transformer
 from capi.config import load_config
 from capi.data import ImageStream
 from capi.distributed import World
@@ -186,7 +186,8 @@ def test_flop_of_the_large_model():
     assert training_flop_per_image(load_config(["--config", "vitl14"])) == pytest.approx(407e9, rel=2e-3)
 
 
-def test_flop_equal_what_pytorch_counts_in_a_step(monkeypatch):
+@pytest.mark.parametrize("other", [(), ("--model.predictor_dim", "96", "--model.out_layer", "1")])
+def test_flop_equal_what_pytorch_counts_in_a_step(other, monkeypatch):
     """Of the algorithm as published: the values projected first, the targets taken from the clustering head."""
     batch_size = 4
     # PyTorch sees into the definitions, but not into the ops that compute them.
@@ -199,12 +200,12 @@ def test_flop_equal_what_pytorch_counts_in_a_step(monkeypatch):
 
         monkeypatch.setattr(transformer, name, unpacked)
     monkeypatch.setattr(transformer, "_values_come_last", lambda *_: False)
-    monkeypatch.setattr(model, "clustering_head", reference.clustering_head)
+    monkeypatch.setattr(heads, "clustering_head", reference.clustering_head)
     monkeypatch.setattr(
-        model, "clustering_targets", lambda features, weight, *_, **__: torch.ones(len(features), len(weight))
+        heads, "clustering_targets", lambda features, weight, *_, **__: torch.ones(len(features), len(weight))
     )
     options = ["--data.synthetic_size", "4", "--optim.batch_size", str(batch_size), "--run.device", "cpu"]
-    config = load_config(["--config", "tiny", *options])
+    config = load_config(["--config", "tiny", *options, *other])
     batch = next(iter(ImageStream(config, rank=0, world_size=1)))
     trainer = Trainer(config, World(rank=0, size=1, device=torch.device("cpu")))
     with FlopCounterMode(display=False) as counter:

@@ -1,6 +1,7 @@
 import copy
 import math
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from capi_kernels import rotary_tables
 SHAPE = ModelConfig(
     patch_size=4, embed_dim=32, num_heads=2, encoder_depth=2, predictor_depth=2, n_registers=4, drop_path_rate=0.0
 )
+OTHER = replace(SHAPE, predictor_dim=48, predictor_heads=3, scale_registers=False, out_layer=1)
 RAGGED = MaskingConfig(mask_ratio=(0.3, 0.8), prediction_subsampling=0.4)
 
 
@@ -46,8 +48,9 @@ def masks_of_image(masks: Masks, image: int, n_tokens: int) -> Masks:
     return Masks(visible, predicted, (len(visible),), (len(predicted),))
 
 
-def test_packed_images_of_different_lengths_equal_each_image_alone() -> None:
-    backbone, (images, masks) = make_backbone(), make_batch()
+@pytest.mark.parametrize("config", [SHAPE, OTHER])
+def test_packed_images_of_different_lengths_equal_each_image_alone(config) -> None:
+    backbone, (images, masks) = make_backbone(config), make_batch()
     assert len(set(masks.visible_counts)) > 1
     together = backbone.predict(images, masks).split(masks.predict_counts)
     for image, predicted in enumerate(together):
@@ -192,6 +195,11 @@ def test_image_sides_must_be_multiples_of_the_patch() -> None:
         ({"num_heads": 16}, "multiple of 4, got 32 / 16"),
         ({"n_registers": 6}, "n_registers must be a multiple of 4, got 6"),
         ({"encoder_depth": 0}, "must be at least 1, got 0 and 2"),
+        ({"predictor_dim": 36}, "width / heads of the predictor must be a multiple of 4, got 36 / 2"),
+        ({"predictor_heads": 5}, "width / heads of the predictor must be a multiple of 4, got 32 / 5"),
+        ({"predictor_heads": 0}, "width / heads of the predictor must be a multiple of 4, got 32 / 0"),
+        ({"out_layer": 25}, "model.out_layer must lie from -25 to 24, got 25"),
+        ({"out_layer": -26}, "model.out_layer must lie from -25 to 24, got -26"),
     ],
 )
 def test_impossible_shapes(change, message) -> None:
@@ -204,6 +212,41 @@ def test_no_registers_at_all() -> None:
     images, masks = make_batch()
     assert backbone.predict(images, masks).isfinite().all()
     assert backbone(images)[1].shape == (5, 0, 32)
+
+
+def test_registers_that_lie_at_one_point_may_be_of_any_number() -> None:
+    """In the first corner of the visible patches, or of the image."""
+    images, masks = make_batch()
+    visible = masks.visible_indices % 35
+    corners = [(int((x // 7).min()) / 4, int((x % 7).min()) / 6) for x in visible.split(masks.visible_counts)]
+    assert len(set(corners)) > 1
+    for scaled in (True, False):
+        config = replace(SHAPE, n_registers=3, register_coordinates="zeros", scale_registers=scaled)
+        _, packed, counts = make_backbone(config).encode(images, masks)
+        for coords, corner in zip(packed.coords.split(counts), corners, strict=True):
+            expected = torch.tensor(corner if scaled else (0.0, 0.0)).expand(3, 2)
+            torch.testing.assert_close(coords[:3], expected)
+
+
+def test_the_teacher_clusters_the_layer_that_is_asked_for() -> None:
+    """As it stands, under the final norm, whatever the blocks behind it do; and features are of that layer."""
+    images, _ = make_batch()
+    torch.manual_seed(0)
+    model = CAPI(replace(SHAPE, out_layer=-2), ClusteringConfig(n_prototypes=8)).init_weights().double()
+    backbone = model.student_ema.backbone
+    features = model.teacher_features(images)
+    global_vector, registers, feature_map = backbone(images)
+    torch.testing.assert_close(feature_map.flatten(1, 2), features)
+    torch.testing.assert_close(backbone.forward_features(images), torch.cat([registers, features], 1))
+    outputs = []
+    backbone.encoder.blocks[0].register_forward_hook(lambda _, __, out: outputs.append(out))
+    backbone.encode(images)
+    expected = torch.nn.functional.rms_norm(outputs[0], (32,), eps=transformer.NORM_EPS).unflatten(0, (5, -1))
+    torch.testing.assert_close(torch.cat([registers, features], 1), expected)
+    with torch.no_grad():
+        backbone.encoder.blocks[1].residual2.fn.fc2.weight.mul_(2)
+    assert torch.equal(model.teacher_features(images), features)
+    assert not torch.equal(backbone(images)[0], global_vector)  # The predictor reads the last.
 
 
 def drop_path(rate: float, backbone: Backbone, n_images: int, device: str | torch.device = "cpu") -> DropPath:
@@ -323,15 +366,18 @@ def test_drop_path_counts() -> None:
 def test_values_come_last_where_that_takes_fewer_flop(queries, last) -> None:
     """A ViT-L: 16 heads, 1024 channels, 106 keys."""
 
-    assert transformer._values_come_last((queries,) * 3, (106,) * 3, 16, 1024) is last
+    assert transformer._values_come_last((queries,) * 3, (106,) * 3, 16, 1024, 1024) is last
+    # Of a narrower encoder the context costs less to sum.
+    assert transformer._values_come_last((queries,) * 3, (106,) * 3, 16, 1024, 256) is (queries < 48)
     for ragged in (((queries, queries + 1), (106, 106)), ((queries, queries), (106, 105))):
-        assert not transformer._values_come_last(*ragged, 16, 1024)
+        assert not transformer._values_come_last(*ragged, 16, 1024, 1024)
 
 
+@pytest.mark.parametrize("config", [SHAPE, OTHER])
 @pytest.mark.parametrize("rate", [0.0, 0.4])
-def test_values_last_are_values_first(rate, monkeypatch) -> None:
+def test_values_last_are_values_first(rate, config, monkeypatch) -> None:
     """Predictions and all gradients, drop-path included; and so where a product reads more rows than there are keys."""
-    backbone, (images, masks) = make_backbone(), make_batch(masking=MaskingConfig(prediction_subsampling=0.1))
+    backbone, (images, masks) = make_backbone(config), make_batch(masking=MaskingConfig(prediction_subsampling=0.1))
     results = []
     for last, more in ((False, 0), (True, 0), (True, 3)):
         monkeypatch.setattr(transformer, "_values_come_last", lambda *_, last=last: last)

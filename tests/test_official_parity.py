@@ -48,21 +48,35 @@ def schedule_config(golden: dict) -> ScheduleConfig:
     )
 
 
+def merged(shared: dict, own: dict) -> dict:
+    block = {**shared.get("block_kwargs", {}), **own.get("block_kwargs", {})}
+    return {**shared, **own, "block_kwargs": block}
+
+
 def config_of(golden: dict) -> Config:
     model, optimizer, schedules = golden["model"], golden["optimizer"], golden["schedules"]
-    transformer = model["transformers_kwargs"]
+    clustering_optimizer, shared = golden["clustering_optimizer"], model["transformers_kwargs"]
+    encoder, decoder = (merged(shared, model[name]) for name in ("encoder_kwargs", "decoder_kwargs"))
+    attention = encoder["block_kwargs"]["attn_kwargs"]
+    frequencies = attention.get("rope_kwargs", {})
     assert golden["dtype"] == "float32"
     assert optimizer["rope_lr_mult"] == 0
-    assert optimizer["betas"] == golden["clustering_optimizer"]["betas"]
     return Config(
         model=ModelConfig(
             patch_size=model["patch_size"],
-            embed_dim=transformer["embed_dim"],
-            num_heads=transformer["block_kwargs"]["attn_kwargs"]["num_heads"],
-            encoder_depth=model["encoder_kwargs"]["depth"],
-            predictor_depth=model["decoder_kwargs"]["depth"],
+            embed_dim=encoder["embed_dim"],
+            num_heads=attention["num_heads"],
+            encoder_depth=encoder["depth"],
+            predictor_depth=decoder["depth"],
             n_registers=model["n_registers"],
             drop_path_rate=golden["drop_path_rate"],
+            predictor_dim=decoder["embed_dim"],
+            predictor_heads=decoder["block_kwargs"]["attn_kwargs"]["num_heads"],
+            register_coordinates=model.get("register_coordinates", "edge"),
+            scale_registers=model.get("scale_reg_to_visible", True),
+            out_layer=model.get("out_layer", -1),
+            rope_max_frequency=frequencies.get("max_freq", 7.0),
+            rope_min_frequency=frequencies.get("min_freq", 7e-4),
         ),
         masking=MaskingConfig(mask_ratio=golden["mask_ratio"], prediction_subsampling=golden["prediction_subsampling"]),
         data=DataConfig(image_size=golden["images_size"]),
@@ -73,14 +87,18 @@ def config_of(golden: dict) -> Config:
             student_temperature=golden["student_temp"],
             n_sinkhorn_iterations=golden["n_sk_iter"],
             positionwise=golden["positionwise_sk"],
+            bias=golden.get("clustering_bias", True),
         ),
         optim=OptimConfig(
             steps=schedules["total_iters"],
             betas=tuple(optimizer["betas"]),
+            eps=optimizer.get("eps", 1e-8),
             weight_decay=optimizer["weight_decay"],
             norm_weight_decay_multiplier=optimizer["layernorm_wd_mult"],
             patch_embed_lr_multiplier=optimizer["patch_embed_lr_mult"],
-            clustering_weight_decay=golden["clustering_optimizer"].get("weight_decay", 0.01),
+            clustering_weight_decay=clustering_optimizer.get("weight_decay", 0.01),
+            clustering_betas=tuple(clustering_optimizer["betas"]),
+            clustering_eps=clustering_optimizer.get("eps", 1e-8),
             lr=schedule_config(schedules["lr"]),
             momentum=schedule_config(schedules["momentum"]),
             clustering_lr=schedule_config(schedules["clustering_lr"]),
@@ -102,11 +120,14 @@ def test_training_replays_the_official_run(path: Path) -> None:
     config = config_of(golden["config"])
     trainer = Trainer(config, World(0, 1, torch.device("cpu")))
     model = trainer.model
+    frequencies = {name: tensor.clone() for name, tensor in model.state_dict().items() if "freqs" in name}
     init = {key.removeprefix("init."): tensor for key, tensor in tensors.items() if key.startswith("init.")}
     ema = {
         key.replace("student.", "student_ema.", 1): tensor for key, tensor in init.items() if key.startswith("student.")
     }
     model.load_state_dict(init | ema)  # strict: the official names, all of them and no other
+    for name, tensor in frequencies.items():
+        torch.testing.assert_close(tensor, model.state_dict()[name], msg=lambda m, name=name: f"{name}: {m}")
 
     for step, expected in enumerate(golden["steps"]):
         images = tensors[f"batch{step}.images"]
@@ -161,7 +182,8 @@ def test_masks_are_distributed_as_the_official_ones(path: Path) -> None:
     golden = json.loads(path.read_text())
     (rows, columns), count = golden["size"], golden["count"]
     n_tokens = rows * columns
-    masking = MaskingConfig(mask_ratio=golden["mask_ratio"])
+    aspects = {key: golden[key] for key in ("min_aspect", "max_aspect") if key in golden}
+    masking = MaskingConfig(mask_ratio=golden["mask_ratio"], **aspects)
     masks = sample_masks(masking, (rows, columns), [np.random.default_rng((0, i)) for i in range(count)])
     assert set(masks.visible_counts) == {n_tokens - golden["n_masked"]}
     visible = torch.zeros(count * n_tokens, dtype=torch.bool)

@@ -49,6 +49,16 @@ def test_every_parameter_gets_its_learning_rate_and_weight_decay(model) -> None:
     assert len(group["params"]) == 2
 
 
+def test_the_clustering_has_settings_of_its_own_or_those_of_the_student(model) -> None:
+    def settings(**options) -> list[tuple]:
+        optimizers = build_optimizers(model, OptimConfig(betas=(0.8, 0.9), eps=1e-6, **options))
+        return [(optimizer.defaults["betas"], optimizer.defaults["eps"]) for optimizer in optimizers]
+
+    assert settings() == [((0.8, 0.9), 1e-6)] * 2
+    own = settings(clustering_betas=(0.0, 0.5), clustering_eps=0.0)
+    assert own == [((0.8, 0.9), 1e-6), ((0.0, 0.5), 0.0)]
+
+
 def test_ema_moves_by_one_minus_momentum_and_leaves_the_frequencies_alone(model) -> None:
     before = {name: tensor.clone() for name, tensor in model.student_ema.state_dict().items()}
     with torch.no_grad():

@@ -46,6 +46,37 @@ def test_an_exported_encoder_brings_its_own_shape(student, tmp_path) -> None:
     assert_same_features(pretrained.load(tmp_path / "encoder.safetensors"), student)
 
 
+def test_what_weights_do_not_show_comes_with_an_export(tmp_path) -> None:
+    other = {"predictor_dim": 24, "predictor_heads": 3, "out_layer": 1, "rope_max_frequency": 5.0}
+    for shape in (replace(SHAPE, **other), replace(SHAPE, register_coordinates="zeros", scale_registers=False)):
+        student = Student(shape, 8)
+        student.backbone.init_weights()
+        save_encoder(tmp_path / "encoder.safetensors", student.eval(), shape)
+        loaded = pretrained.load(tmp_path / "encoder.safetensors", shape)
+        assert_same_features(loaded, student)
+        assert loaded.config == replace(shape, drop_path_rate=0.0)
+    description = str(pretrained.read(tmp_path / "encoder.safetensors"))
+    assert "predictor 1 x 16, 2 heads, 4 registers" in description
+
+
+def test_what_a_bare_state_does_not_say_is_as_the_caller_says(tmp_path) -> None:
+    shape = replace(SHAPE, register_coordinates="zeros", out_layer=0)
+    student = Student(shape, 8)
+    student.backbone.init_weights()
+    torch.save(student.state_dict(), tmp_path / "capi.pth")
+    assert_same_features(pretrained.load(tmp_path / "capi.pth", shape), student.eval())
+    save_encoder(tmp_path / "encoder.safetensors", student, shape)
+    with pytest.raises(ValueError, match="it says out_layer 1, they have 0"):
+        pretrained.load(tmp_path / "encoder.safetensors", replace(shape, out_layer=1))
+
+
+def test_an_export_of_an_earlier_version_has_what_there_was(student, tmp_path) -> None:
+    known = ("patch_size", "embed_dim", "num_heads", "encoder_depth", "predictor_depth", "n_registers")
+    metadata = {"config": json.dumps({**{name: asdict(SHAPE)[name] for name in known}, "drop_path_rate": 0.2})}
+    save_file(student.backbone.state_dict(), tmp_path / "encoder.safetensors", metadata)
+    assert_same_features(pretrained.load(tmp_path / "encoder.safetensors", SHAPE), student)
+
+
 def test_an_official_file_on_disk(student, tmp_path) -> None:
     torch.save(student.state_dict(), tmp_path / "capi.pth")
     assert_same_features(pretrained.load(tmp_path / "capi.pth"), student)
@@ -334,6 +365,9 @@ def test_what_cannot_be_loaded_is_a_value_error_of_one_line(student, tmp_path) -
     [
         ({**asdict(SHAPE), "swiglu": True}, r"is of a newer version: .* the unknown swiglu"),
         ({**asdict(SHAPE), "num_heads": 4}, r"it says num_heads 4, they have 2"),
+        ({**asdict(SHAPE), "predictor_dim": 8}, r"it says predictor_dim 8, they have None"),
+        ({**asdict(SHAPE), "out_layer": 9}, r"model.out_layer must lie from -3 to 2, got 9"),
+        ({**asdict(SHAPE), "out_layer": "last"}, r"out_layer"),
         ({"embed_dim": "16"}, r"it says embed_dim 16, they have 16"),
         ([], r"must be a JSON object, got \[\]"),
     ],

@@ -221,6 +221,7 @@ def test_a_run_that_cannot_be_moved_aside_stays_and_a_line_says_so(arguments, ru
         (["--run.precision", "bf16"], "run.precision (fp32 -> bf16)"),
         (["--optim.lr.base", "0.002"], "optim.lr.base (0.001 -> 0.002)"),
         (["--optim.steps", "12"], "optim.steps (6 -> 12)"),
+        (["--optim.clustering_betas", "[0.5, 0.6]"], "optim.clustering_betas (null -> [0.5, 0.6])"),
         (["--data.shuffle_buffer", "5"], "data.shuffle_buffer (10000 -> 5)"),
     ],
 )

@@ -34,6 +34,9 @@ from capi_kernels import StudentLoss, student_loss_with_statistics
 
 CPU = torch.device("cpu")
 META = torch.device("meta")
+# What is not at its default in the published models.
+OTHER = ("--model.predictor_dim", "32", "--model.predictor_heads", "1", "--model.register_coordinates", "zeros")
+OTHER += ("--model.scale_registers", "false", "--model.out_layer", "0", "--clustering.bias", "false")
 HOST = ("_local_scalar_dense", "lift_fresh", "lift_fresh_copy", "_pin_memory", "is_pinned", "item")
 SIZED_BY_VALUES = ("nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount")
 
@@ -91,11 +94,17 @@ def on_meta(config: Config, parts: int, kept: bool = False) -> tuple[Trainer, St
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("rate", ["0", "0.3"])
 @pytest.mark.parametrize(
-    ("checkpointed", "kept", "teacher"), [("false", True, "auto"), ("true", True, "fp8"), ("false", False, "fp8")]
+    ("checkpointed", "kept", "teacher", "other"),
+    [
+        ("false", True, "auto", ()),
+        ("true", True, "fp8", ()),
+        ("false", False, "fp8", ()),
+        ("true", True, "auto", OTHER),
+    ],
 )
-def test_the_device_part_is_on_the_device_alone(parts, rate, checkpointed, kept, teacher, tmp_path) -> None:
+def test_the_device_part_is_on_the_device_alone(parts, rate, checkpointed, kept, teacher, other, tmp_path) -> None:
     options = ("--model.drop_path_rate", rate, "--run.checkpoint_activations", checkpointed)
-    options += ("--run.teacher_precision", teacher)
+    options += ("--run.teacher_precision", teacher, *other)
     trainer, inputs = on_meta(load_tiniest(tmp_path, *FIXED, *options), parts, kept)
     with guarded():
         losses = trainer.losses_and_gradients(inputs)
@@ -392,6 +401,8 @@ def test_launches_and_their_bytes_are_counted(capsys) -> None:
 
 
 CASES = {
+    "other": (*OTHER, "--run.precision", "bf16", "--run.compile", "off"),
+    "compiled other": (*OTHER, "--run.precision", "bf16", "--run.compile", "on"),
     "plain": ("--model.drop_path_rate", "0", "--run.precision", "fp32", "--run.compile", "off"),
     "dropped": ("--run.precision", "bf16", "--run.compile", "off"),
     "recomputed": ("--run.checkpoint_activations", "true", "--run.precision", "bf16", "--run.compile", "off"),

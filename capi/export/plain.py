@@ -23,7 +23,7 @@ class PlainEncoder(nn.Module):
     def forward(
         self, images: Float[Tensor, "images 3 height width"]
     ) -> tuple[
-        Float[Tensor, "images dim"],
+        Float[Tensor, "images predictor_dim"],
         Float[Tensor, "images registers dim"],
         Float[Tensor, "images rows columns dim"],
     ]:
@@ -31,15 +31,17 @@ class PlainEncoder(nn.Module):
         patches = F.conv2d(images, model.patch_embed.weight, model.patch_embed.bias, stride=model.patch_size)
         n_images, _, rows, columns = patches.shape
         grid = _grid_coordinates(patches)
-        edge = register_coordinates(model.num_prefix_tokens, images.device)
-        coords = torch.cat([edge * grid.amax(0), grid])  # The coordinates of one row alone are all zero.
-        x = torch.cat([model.registers.expand(n_images, -1, -1), patches.flatten(2).mT], dim=1)
+        edge = register_coordinates(model.config, images.device)
+        if model.config.scale_registers:
+            edge = edge * grid.amax(0)  # The coordinates of one row alone are all zero.
+        coords = torch.cat([edge, grid])
+        layers = [torch.cat([model.registers.expand(n_images, -1, -1), patches.flatten(2).mT], dim=1)]
         for block in model.encoder.blocks:
-            x = _block(block, x, coords)
-        context = model.enc_norm(x)
+            layers.append(_block(block, layers[-1], coords))
+        context, features = model.enc_norm(layers[-1]), model.enc_norm(layers[model.out_layer])
         queries = model.mask_token.expand(n_images, grid.shape[0], -1)
         predicted = model.dec_norm(_block(model.decoder.blocks[0], queries, grid, context, coords))
-        registers, feature_map = context[:, : model.num_prefix_tokens], context[:, model.num_prefix_tokens :]
+        registers, feature_map = features[:, : model.num_prefix_tokens], features[:, model.num_prefix_tokens :]
         return predicted.mean(1), registers, feature_map.unflatten(1, (rows, columns))
 
 
@@ -54,7 +56,7 @@ def _block(
     block: Block,
     x: Float[Tensor, "images tokens dim"],
     coords: Float[Tensor, "tokens 2"],
-    context: Float[Tensor, "images keys dim"] | None = None,
+    context: Float[Tensor, "images keys context_dim"] | None = None,
     context_coords: Float[Tensor, "keys 2"] | None = None,
 ) -> Float[Tensor, "images tokens dim"]:
     attention, mlp = block.residual1.fn, block.residual2.fn

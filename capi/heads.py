@@ -1,0 +1,87 @@
+"""The heads: the student's cosine similarities to prototypes, and the teacher's online clustering."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from capi.config import ClusteringConfig
+from capi_kernels import Potentials, clustering_head, clustering_targets
+
+
+class WeightNormLinear(nn.Module):
+    """x W^T with W = v g / (|v| + 1e-8), row by row."""
+
+    def __init__(self, dim: int, n_prototypes: int):
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.empty(n_prototypes, 1))
+        self.weight_v = nn.Parameter(torch.empty(n_prototypes, dim))
+
+    def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch prototypes"]:
+        norm = self.weight_v.norm(dim=1, keepdim=True)
+        return F.linear(x, (self.weight_v * (self.weight_g / (norm + 1e-8))).to(x.dtype))
+
+
+class PredictionHead(nn.Module):
+    """The student's head: cosine similarities to the prototypes, scaled by g."""
+
+    def __init__(self, dim: int, n_prototypes: int):
+        super().__init__()
+        self.last_layer = WeightNormLinear(dim, n_prototypes)
+
+    def init_weights(self) -> "PredictionHead":
+        nn.init.trunc_normal_(self.last_layer.weight_v, std=0.02)
+        nn.init.ones_(self.last_layer.weight_g)
+        return self
+
+    def forward(self, x: Float[Tensor, "predicted dim"]) -> Float[Tensor, "predicted prototypes"]:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return self.last_layer(F.normalize(wide, dim=-1, eps=1e-12).to(x.dtype))
+
+
+class OnlineClustering(nn.Module):
+    """The teacher's head: a linear layer to the prototypes, trained on its own Sinkhorn-balanced assignment."""
+
+    def __init__(self, dim: int, config: ClusteringConfig):
+        super().__init__()
+        self.config = config
+        self.layer = nn.Linear(dim, config.n_prototypes, bias=config.bias)
+
+    def init_weights(self) -> "OnlineClustering":
+        nn.init.normal_(self.layer.weight)
+        if self.layer.bias is not None:
+            nn.init.zeros_(self.layer.bias)
+        return self
+
+    def forward(self, features: Float[Tensor, "images positions dim"]) -> tuple[Float[Tensor, ""], Potentials]:
+        """The clustering loss over all patches, and the potentials of their assignments."""
+        out = clustering_head(
+            features.transpose(0, 1),
+            self.layer.weight,
+            self.layer.bias,
+            target_temperature=self.config.target_temperature,
+            prediction_temperature=self.config.prediction_temperature,
+            n_iterations=self.config.n_sinkhorn_iterations,
+            positionwise=self.config.positionwise,
+        )
+        return out.loss, out.potentials
+
+    def targets(
+        self,
+        features: Float[Tensor, "images positions dim"],
+        potentials: Potentials,
+        rows: Int[Tensor, "selected"],
+        first_image: int = 0,
+    ) -> Float[Tensor, "selected prototypes"]:
+        """The assignments of the batch-flat `rows` of `features`, in their order.
+
+        The potentials may be those of more images, of which the first of `features` is number `first_image`.
+        """
+        return clustering_targets(
+            features.flatten(0, 1).index_select(0, rows),
+            self.layer.weight,
+            self.layer.bias,
+            potentials,
+            rows + first_image * features.shape[1],
+            target_temperature=self.config.target_temperature,
+        )
