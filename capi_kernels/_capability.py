@@ -17,8 +17,8 @@ def capability(device: torch.device) -> int:
 
 
 def attends_as(capability: int) -> int:
-    """The capability whose attention kernels a GPU takes: 12.x has the matrix unit and the shared memory of 8.x."""
-    return 80 if capability // 10 == 12 else capability
+    """The capability whose attention kernels a GPU takes: 12.x has the matrix unit and the shared memory of 8.6."""
+    return 86 if capability // 10 == 12 else capability
 
 
 def launch_options(options: dict, amd: bool = torch.version.hip is not None) -> dict:

@@ -55,7 +55,7 @@ def short_forward(
         return Config(64, 128, 8)
     if max_seqlen_k <= 128:
         # 128 registers let four programs share a processor: one loads while the others compute.
-        return Config(64, 128, 4, max_registers=128 if capability >= 90 else None)
+        return Config(64, 128, 4, max_registers=128 if capability == 90 else None)
     if max_seqlen_k <= 192:
         return Config(64, 128, 4, tail=64)
     # The 256 patches of a whole image, then with its class token and registers.
@@ -83,10 +83,10 @@ def short_backward(
         return None
     block_k = 64 if max_seqlen_k <= 64 else 128
     if max_seqlen_q <= FEW:
-        # 128 registers let two programs share a processor: one loads while the other computes.
-        return Config(FEW, block_k, 8, max_registers=128, keys_first=True)
+        # 128 registers let two programs share a processor: one loads while the other computes. 8.6 and its like spill.
+        return Config(FEW, block_k, 8, max_registers=168 if capability in (86, 89) else 128, keys_first=True)
     if block_k == 64:
-        return Config(64, 64, 8)
+        return None if capability in (86, 89) and head_dim > 32 and max_seqlen_q > 64 else Config(64, 64, 8)
     if capability < 90:
         return Config(128, 128, 8) if head_dim <= 32 and max_seqlen_q <= 128 else None
     if max_seqlen_q > 128 or capability != 90:
@@ -117,7 +117,7 @@ def tiled_dq(dtype: torch.dtype, head_dim: int, capability: int) -> Config:
 def tiled_dkdv(dtype: torch.dtype, head_dim: int, capability: int) -> Config:
     wide = head_dim > 64
     if dtype == torch.float32:
-        return Config(32, 16, 8 if wide else 4, max_registers=168 if wide else 128)
+        return Config(32, 16, 8 if wide else 4, max_registers=255 if capability in (86, 89) else 168 if wide else 128)
     if wide:
         return Config(16, 32 if capability < 90 else 64, 8, num_stages=2)
     # A limit of 255 keeps the assembler from a lower one of its own, which would spill.
@@ -144,4 +144,5 @@ def weights_forward(dtype: torch.dtype, head_dim: int, max_seqlen_k: int, capabi
     config = weights_backward(dtype, head_dim, max_seqlen_k, capability)
     if config is None:
         return None
-    return config._replace(max_registers=128 if max_seqlen_k > 64 and 32 < head_dim <= 64 else None)
+    fits = max_seqlen_k > 64 and 32 < head_dim <= 64
+    return config._replace(max_registers=128 if fits else config.max_registers)
