@@ -117,7 +117,8 @@ def check_ops(op, operands: tuple) -> None:
     results = op(*operands)
     out, *saved = (results,) if isinstance(results, Tensor) else results
     backward = getattr(OPS, f"{op._opname}_backward").default
-    for parts in ([[3], [1, 2]] if operands[-5] is None else [[1, 2]]) if saved else [None]:
+    kinds = [[3]] * (operands[-5] is None) + [[1, 2]] + [[1, 1, 1]] * (out.device.type == "cpu")
+    for parts in kinds if saved else [None]:
         more = () if parts is None else (parts,)
         torch.library.opcheck(backward, (torch.randn_like(out), out, *saved, *operands, *more))
 

@@ -93,6 +93,16 @@ def test_output_and_gradients_match_the_definition(case: str, dtype: torch.dtype
         assert_draws_as_accurate(draws)
 
 
+@pytest.mark.parametrize("case", ["uniform", "ragged", "shared contexts"])
+def test_a_backward_may_run_twice(case: str) -> None:
+    """It leaves what the forward kept as it was."""
+    given = arguments(case, torch.float32)
+    leaves = {name: given[name].requires_grad_() for name in ("q", "k", "v")}
+    out = masked_cross_attention(**given)
+    first, second = (torch.autograd.grad(out.sin().sum(), list(leaves.values()), retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
 def test_group_reads_the_context_it_names() -> None:
     given = arguments("ragged shared contexts", torch.float64)
     results = run(masked_cross_attention, given)

@@ -16,13 +16,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from capi_kernels.attention.rotary import rotate
+from capi_kernels.attention.cpu_small import Tables, images, small_backward, taken, turns_of
+from capi_kernels.attention.rotary import rotate, turned
 
 LONG = 256  # Keys from which the tiled backward is the faster one.
 CACHED = 2**18  # Weights formed at a time in the other: a MiB.
 TOGETHER = 2**18  # Channels of queries and keys taken at a time: copies of no more are alive.
 
-Tables = Sequence[Tensor | None]  # cos and sin, or None and None
 aten = torch.ops.aten
 NONE = (None, None)
 
@@ -41,15 +41,10 @@ class Block(NamedTuple):
 
         A view where the tokens are a slice.
         """
-        return _images(x[tokens, self.heads] if x.ndim == 3 else x[tokens], self.groups)
+        return images(x[tokens, self.heads] if x.ndim == 3 else x[tokens], self.groups)
 
     def tables(self, tables: Tables, tokens: slice | Tensor) -> Tables:
         return [None if x is None else self.part(x, tokens) for x in tables]
-
-
-def _images(x: Tensor, groups: int) -> Tensor:
-    """`Block.part` of groups of one size, whole: a view."""
-    return x.view(groups, -1, *x.shape[1:]).transpose(1, 2) if x.ndim == 3 else x.view(groups, 1, -1, x.shape[1])
 
 
 def _tokens(starts: Sequence[int], length: int) -> slice | Tensor:
@@ -64,7 +59,8 @@ Sizes = dict[tuple[int, int], list[tuple[int, int]]]
 
 def _sizes(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, kv_index: Tensor | None) -> Sizes:
     """Where the queries and the keys of each group start, by their numbers; of groups that have some of both."""
-    places_q, places_k = (list(pairwise(cu_seqlens.tolist())) for cu_seqlens in (cu_seqlens_q, cu_seqlens_k))
+    places_q = list(pairwise(cu_seqlens_q.tolist()))
+    places_k = places_q if cu_seqlens_k is cu_seqlens_q else list(pairwise(cu_seqlens_k.tolist()))
     if kv_index is not None:
         places_k = [places_k[context] for context in kv_index.tolist()]
     sizes = defaultdict(list)
@@ -144,10 +140,15 @@ def attention(
     dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
     if unrounded and not ragged:
         groups = len(where[0]) - 1
-        k_ = _wide(_images(k, groups), [x if x is None else _images(x, groups) for x in tables[2:]])
-        operands = _images(_rotated(q, tables[:2]), groups), k_, _images(_wide(v, NONE), groups)
-        out, logsumexp = (x.transpose(1, 2).flatten(0, 1) for x in tiled(*operands, scale=scale))
-        return out, logsumexp, k if tables[2] is None else k_.view(k.shape)
+        q_turn, k_turn = turns_of(tables, groups)
+        q_ = _wide(q, NONE) if q_turn is None else torch.empty_like(q, memory_format=torch.contiguous_format)
+        q_ = images(q_, groups)  # As packed as q is, and so is then o.
+        if q_turn is not None:
+            turned(images(q, groups), q_turn, q_)
+        k_ = _wide(images(k, groups), NONE) if k_turn is None else taken(k, groups, k_turn)
+        out, logsumexp = tiled(q_, k_, _wide(images(v, groups), NONE), scale=scale)
+        rotated = k if k_turn is None else k_.view_as(k)
+        return out.transpose(1, 2).flatten(0, 1), logsumexp.transpose(1, 2).flatten(0, 1), rotated
     if ragged:
         q, k, tables = _rotated(q, tables[:2]), _rotated(k, tables[2:]), NONE * 2
     new = torch.zeros if ragged else torch.empty
@@ -224,9 +225,9 @@ def _grads(views: Sequence[Tensor], q_tables: Tables, k_tables: Tables, scale: f
     return dq, dk, dv
 
 
-def _buffers(q: Tensor, k: Tensor, parts: tuple[int, ...]) -> tuple[list[Tensor], list[Tensor]]:
+def _buffers(q: Tensor, k: Tensor, parts: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
     """Buffers [tokens, parts, heads, head_dim], and dq, dk and dv in them."""
-    buffers = [torch.empty((len(x), n, *x.shape[1:]), dtype=x.dtype) for x, n in zip((q, k), parts, strict=False)]
+    buffers = [torch.empty((len(x), n, *x.shape[1:]), dtype=x.dtype) for x, n in zip((q, k, k), parts, strict=False)]
     return buffers, [part for buffer in buffers for part in buffer.unbind(1)]
 
 
@@ -240,10 +241,10 @@ def attention_backward(
     tables: Tables,
     where: tuple[Tensor, Tensor, Tensor | None],
     scale: float,
-    parts: tuple[int, ...],
+    parts: Sequence[int],
     rotated: Tensor | None = None,
 ) -> list[Tensor]:
-    """dq, dk and dv in buffers [tokens, parts, heads, head_dim]: one of 3 parts, or one of 1 and one of 2.
+    """dq, dk and dv in buffers of 3 parts, of 1 and 2, or of 1 each: [tokens, parts, heads, head_dim], no axis of 1.
 
     rotated: k wide and rotated, if the forward kept it, as the forward left it.
     """
@@ -252,9 +253,11 @@ def attention_backward(
         return _ragged_backward(do, out, logsumexp, q, k, v, tables, sizes, scale, parts, rotated)
     ((queries, keys),) = sizes
     groups, (_, heads, head_dim), buffers = len(where[0]) - 1, q.shape, None
+    if len(parts) == 3 and groups * heads * queries * keys <= CACHED and keys < LONG and _is_wide(q.dtype):
+        return small_backward(do, q, k, v, tables, groups, scale, rotated)
     saved = (out, logsumexp.unsqueeze(2)) if _is_tiled(keys, q.dtype) else ()
-    views = [_images(x, groups) for x in (do, q, k, v, *saved)]
-    turns = [[x if x is None else _images(x, groups) for x in of] for of in (tables[:2], tables[2:])]
+    views = [images(x, groups) for x in (do, q, k, v, *saved)]
+    turns = [[x if x is None else images(x, groups) for x in of] for of in (tables[:2], tables[2:])]
     k_turn = turns[1]
     if rotated is not None:
         views[2], k_turn = rotated.view(views[2].shape), NONE
@@ -270,11 +273,11 @@ def attention_backward(
         results = _grads(cut, q_tables, given, scale)
         if buffers is None:  # Only now, when the first results have set their memory free.
             buffers, grads = _buffers(q, k, parts)
-            grads = [_images(x, groups) for x in grads]
+            grads = [images(x, groups) for x in grads]
         for grad, x, rotation in zip(grads, results, (q_tables, k_tables, NONE), strict=True):
             _put(grad if whole else grad[at], x, rotation, transpose=True)
         del results, x  # Before the next make their own.
-    return buffers
+    return [buffer.squeeze(1) if n == 1 else buffer for buffer, n in zip(buffers, parts, strict=True)]
 
 
 def _ragged_backward(
@@ -287,7 +290,7 @@ def _ragged_backward(
     tables: Tables,
     sizes: Sizes,
     scale: float,
-    parts: tuple[int, ...],
+    parts: Sequence[int],
     rotated: Tensor | None,
 ) -> list[Tensor]:
     """`attention_backward` where groups have several sizes, share contexts or are empty."""
@@ -309,4 +312,4 @@ def _ragged_backward(
     buffers, grads = _buffers(q, k, parts)
     for grad, x, rotation in zip(grads, sums, (tables[:2], tables[2:], NONE), strict=True):
         grad.copy_(_rotated(x, rotation, transpose=True))
-    return buffers
+    return [buffer.squeeze(1) if n == 1 else buffer for buffer, n in zip(buffers, parts, strict=True)]

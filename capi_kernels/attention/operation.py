@@ -21,7 +21,7 @@ OPERANDS = (
 OP = "capi_kernels::attention"
 # Saved is what the backward needs of each row and, on a CPU, of a cross-attention in float32 or wider the rotated k,
 # many times the queries. Gradients come in buffers of `parts`: [3] is dqkv [tokens, 3, heads, head_dim], [1, 2] are dq
-# [queries, heads, head_dim] and dkv [context, 2, heads, head_dim].
+# [queries, heads, head_dim] and dkv [context, 2, heads, head_dim], [1, 1, 1], on a CPU only, dq, dk and dv.
 torch.library.define(OP, f"({OPERANDS}) -> (Tensor out, Tensor[] saved)")
 torch.library.define(
     f"{OP}_backward", f"(Tensor do, Tensor out, Tensor[] saved, {OPERANDS}, int[] parts) -> Tensor[] gradients"
@@ -54,8 +54,7 @@ def _(do, out, saved, q, k, v, *operands):
     *tables, cu_seqlens_q, cu_seqlens_k, kv_index, _, _, scale = _complete(*operands)
     where = (cu_seqlens_q, cu_seqlens_k, kv_index)
     logsumexp, *rotated = saved
-    gradients = cpu.attention_backward(do, out, logsumexp, q, k, v, tables, where, scale, tuple(parts), *rotated)
-    return [dx.squeeze(1) if n == 1 else dx for dx, n in zip(gradients, parts, strict=True)]
+    return cpu.attention_backward(do, out, logsumexp, q, k, v, tables, where, scale, parts, *rotated)
 
 
 @torch.library.impl(OP, "CUDA")
@@ -90,7 +89,7 @@ def _(q, k, v, q_cos, q_sin, k_cos, k_sin, cu_seqlens_q, cu_seqlens_k, kv_index,
 
 @torch.library.register_fake(f"{OP}_backward")
 def _(do, out, saved, q, k, *operands):
-    tokens, (_, heads, head_dim) = (q.shape[0], k.shape[0]), q.shape
+    tokens, (_, heads, head_dim) = (q.shape[0], k.shape[0], k.shape[0]), q.shape
     return [
         q.new_empty((n, *([count] if count > 1 else []), heads, head_dim))
         for n, count in zip(tokens, operands[-1], strict=False)
@@ -122,9 +121,10 @@ def _backward(ctx: FunctionCtx, do: Tensor | None, *_) -> tuple[Tensor | None, .
     everything = ctx.saved_tensors  # May be asked for only once.
     q, k, v, *rest, out = everything[:11]
     operands = (*_apart(q, k, v), *rest, *ctx.options)
-    parts = [3] if k is None else [1, 2]
+    # Apart a CPU can write each gradient before it forms the next.
+    parts = [3] if k is None else [1, 1, 1] if v is not None and do.device.type == "cpu" else [1, 2]
     dq, *dkv = torch.ops.capi_kernels.attention_backward(do, out, everything[11:], *operands, parts)
-    if v is not None:
+    if v is not None and len(dkv) == 1:
         dkv = dkv[0].unbind(1)
     return dq, *dkv, *[None] * (12 - len(dkv))
 
