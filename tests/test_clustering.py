@@ -250,6 +250,12 @@ def test_gradients_are_those_that_the_forward_saved(factor: float) -> None:
         assert torch.equal(leaf.grad, y)
 
 
+def test_backward_allocates_nothing_for_what_has_no_gradient() -> None:
+    features, weight, bias, _ = draw(2, 3, 500, 64)
+    loss = clustering_head(features, weight.requires_grad_(), bias.requires_grad_()).loss
+    assert peak_allocation(lambda: torch.autograd.grad(loss, (weight, bias))) < 1000
+
+
 def test_properties() -> None:
     features, weight, bias, _ = draw(6, 8, 9, 5, dtype=torch.float64)
     before = features.clone(), weight.clone(), bias.clone()

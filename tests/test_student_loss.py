@@ -279,6 +279,12 @@ def test_backward_multiplies_in_place_and_only_where_there_is_something_to_do() 
     assert before.abs().max() > 0.1
 
 
+def test_backward_allocates_nothing_for_what_has_no_gradient() -> None:
+    logits, targets = draw(64, 1000, torch.float32)
+    loss = student_loss(logits.requires_grad_(), targets)
+    assert peak_allocation(lambda: torch.autograd.grad(loss, logits)) < 1000
+
+
 def test_a_retained_graph_gives_its_gradient_again() -> None:
     logits, targets = draw(5, 7, torch.float32)
     loss = 3 * student_loss(logits.requires_grad_(), targets)

@@ -77,10 +77,13 @@ def _(features, weight, bias, *arguments):
 def _setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     _, *others, dweight, dbias = output
     ctx.mark_non_differentiable(*others, dweight, dbias)
+    ctx.set_materialize_grads(False)  # Else zeros as large as the weight are made for what has no gradient.
     ctx.save_for_backward(dweight, dbias)
 
 
-def _backward(ctx: FunctionCtx, dloss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: FunctionCtx, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if dloss is None:
+        return (None,) * 11
     gradients = zip(ctx.saved_tensors, ctx.needs_input_grad[1:3], strict=True)
     return None, *(times(x, dloss) if needed else None for x, needed in gradients), *[None] * 8
 

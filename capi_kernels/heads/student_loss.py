@@ -68,10 +68,13 @@ def _setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) 
     _, gradient, *statistics = output
     _, ctx.factor = _scales(gradient.dtype, inputs[2], len(gradient))
     ctx.mark_non_differentiable(gradient, *statistics)
+    ctx.set_materialize_grads(False)  # Else zeros as large as the logits are made for what has no gradient.
     ctx.save_for_backward(gradient)
 
 
-def _backward(ctx: FunctionCtx, dloss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: FunctionCtx, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if dloss is None:
+        return (None,) * 4
     (gradient,) = ctx.saved_tensors
     return times(gradient, dloss if ctx.factor == 1 else dloss * ctx.factor), None, None, None
 
