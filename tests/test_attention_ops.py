@@ -395,7 +395,7 @@ def test_compiles_whole_and_once_for_all_token_counts() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_cpu_keeps_no_weights_for_the_backward(dtype: torch.dtype) -> None:
-    """Beside its operands and the output one number a row and, in float32, the rotated keys of a cross-attention."""
+    """Beside its operands and the output one number a row and, in float32, the rotated keys."""
     qkv = torch.randn(64, 3, 4, 32).to(dtype).requires_grad_()
     tables = torch.randn(2, 64, 32).unbind()
     cu_seqlens = cumulative([16] * 4)
@@ -409,7 +409,7 @@ def test_a_cpu_keeps_no_weights_for_the_backward(dtype: torch.dtype) -> None:
     known = {x.untyped_storage().data_ptr() for x in (qkv, *tables, cu_seqlens, *outs)}
     others = [x for x in kept if x.untyped_storage().data_ptr() not in known]
     assert len(kept) > 9
-    assert [x.shape for x in others] == [(64, 4)] * 3 + [(64, 4, 32)] * (dtype == torch.float32)
+    assert [x.shape for x in others] == ([(64, 4)] + [(64, 4, 32)] * (dtype == torch.float32)) * 3
 
 
 @pytest.mark.parametrize("keys", [9, 300])  # Below and above what the backward takes from PyTorch.

@@ -8,7 +8,14 @@ import torch.nn.functional as F
 from numerics import assert_as_accurate, assert_draws_as_accurate, least_exact, peak_allocation
 from torch import Tensor
 
-from capi_kernels import apply_rotary, masked_cross_attention, reference, rotary_tables, visible_attention
+from capi_kernels import (
+    apply_rotary,
+    masked_cross_attention,
+    reference,
+    rotary_tables,
+    visible_attention,
+    visible_attention_qkvpacked,
+)
 from capi_kernels.attention import cpu
 
 LENGTHS = {
@@ -78,6 +85,10 @@ def test_output_and_gradients_match_the_definition(lengths: str, dtype: torch.dt
         assert_draws_as_accurate(draws)
 
 
+def from_a_buffer(q, k, v, *operands, **options) -> Tensor:
+    return visible_attention_qkvpacked(torch.stack([q, k, v], 1), *operands, **options)
+
+
 def to_itself(q, k, v, cos, sin, cu_seqlens, max_seqlen) -> Tensor:
     """Cross-attention, which keeps what it rotated, in the place of self-attention."""
     return masked_cross_attention(q, k, v, *(cos, sin) * 2, *(cu_seqlens,) * 2, *(max_seqlen,) * 2)
@@ -85,13 +96,16 @@ def to_itself(q, k, v, cos, sin, cu_seqlens, max_seqlen) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("cut", [{"CACHED": 64}, {"TOGETHER": 64}, {"CACHED": 2**12, "TOGETHER": 2**12}], ids=str)
-def test_any_cut_matches_the_definition(cut: dict, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("small", [0, 2**20])
+def test_any_cut_matches_the_definition(
+    small: int, cut: dict, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Few rows, heads and images at a time, the same of each or not; PyTorch's backward of 300 tokens in float32."""
-    for name, value in cut.items():
+    for name, value in (cut | {"SMALL": small}).items():
         monkeypatch.setattr(cpu, name, value)
     draws = [arguments([40, 40, 3, 40, 0, 70], dtype), arguments([300, 1, 300], dtype, 2, 16)]
     draws += [arguments([40] * 5, dtype), arguments([300, 300], dtype, 2, 16)]
-    for given, op in product(draws, (visible_attention, to_itself)):
+    for given, op in product(draws, (visible_attention, to_itself, from_a_buffer)):
         definition = reference.visible_attention
         runs = (op, given), (definition, given), (definition, in_float64(given))
         for parts in zip(*(run(function, x).values() for function, x in runs), strict=True):

@@ -16,11 +16,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from capi_kernels.attention.cpu_small import Tables, images, small_backward, taken, turns_of
-from capi_kernels.attention.rotary import rotate, turned
+from capi_kernels.attention.cpu_whole import (
+    Rotated,
+    Tables,
+    gradient_buffers,
+    images,
+    packed,
+    small_backward,
+    tiled_backward,
+    whole_forward,
+)
+from capi_kernels.attention.rotary import rotate
 
 LONG = 256  # Keys from which the tiled backward is the faster one.
 CACHED = 2**18  # Weights formed at a time in the other: a MiB.
+SMALL = 2**20  # So many form all at once, with less around them.
 TOGETHER = 2**18  # Channels of queries and keys taken at a time: copies of no more are alive.
 
 aten = torch.ops.aten
@@ -120,6 +130,12 @@ def _is_ragged(sizes: Sizes, where: tuple[Tensor, Tensor, Tensor | None]) -> boo
     return kv_index is not None or len(sizes) > 1 or sum(map(len, sizes.values())) < len(cu_seqlens_q) - 1
 
 
+def kept(dtype: torch.dtype, tables: Tables, max_seqlen_k: int) -> tuple[bool, bool]:
+    """Whether the backward gets q and k as the forward rotated them; of few keys q is rotated as fast as copied."""
+    q_cos, _, k_cos, _ = tables
+    return _is_wide(dtype) and q_cos is not None and max_seqlen_k >= LONG, _is_wide(dtype) and k_cos is not None
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -127,40 +143,27 @@ def attention(
     tables: Tables,
     where: tuple[Tensor, Tensor, Tensor | None],
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """o, [tokens, heads] the logarithm of each row's sum, and k, which was rotated if it is in float32 or wider.
-
-    Rotated keys of groups of one size lie as [groups, heads, keys, head_dim], whatever their shape says: for the
-    backward, which would copy them so.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """o, [tokens, heads] the logarithm of each row's sum, and q and k, rotated if they are in float32 or wider.
 
     where: cu_seqlens of both sides and kv_index.
     """
-    sizes, tiled = _sizes(*where), aten._scaled_dot_product_flash_attention_for_cpu
-    ragged, unrounded = _is_ragged(sizes, where), _is_wide(q.dtype)
-    dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
-    if unrounded and not ragged:
-        groups = len(where[0]) - 1
-        q_turn, k_turn = turns_of(tables, groups)
-        q_ = _wide(q, NONE) if q_turn is None else torch.empty_like(q, memory_format=torch.contiguous_format)
-        q_ = images(q_, groups)  # As packed as q is, and so is then o.
-        if q_turn is not None:
-            turned(images(q, groups), q_turn, q_)
-        k_ = _wide(images(k, groups), NONE) if k_turn is None else taken(k, groups, k_turn)
-        out, logsumexp = tiled(q_, k_, _wide(images(v, groups), NONE), scale=scale)
-        rotated = k if k_turn is None else k_.view_as(k)
-        return out.transpose(1, 2).flatten(0, 1), logsumexp.transpose(1, 2).flatten(0, 1), rotated
+    sizes, dtype = _sizes(*where), q.dtype
+    ragged = _is_ragged(sizes, where)
+    if _is_wide(dtype) and not ragged:
+        return whole_forward(q, k, v, tables, len(where[0]) - 1, scale)
     if ragged:
         q, k, tables = _rotated(q, tables[:2]), _rotated(k, tables[2:]), NONE * 2
     new = torch.zeros if ragged else torch.empty
-    out, logsumexp = new(q.shape, dtype=dtype), new(q.shape[:2], dtype=wide)
+    out, logsumexp = new(q.shape, dtype=dtype), new(q.shape[:2], dtype=torch.promote_types(dtype, torch.float32))
     for block in _blocks(sizes, *q.shape[1:]):
         places = (q, tables[:2], block.queries), (k, tables[2:], block.keys), (v, NONE, block.keys)
         operands = [_wide(block.part(x, tokens), block.tables(tables, tokens)) for x, tables, tokens in places]
-        o, l = tiled(*operands, scale=scale)  # noqa: E741
-        out[block.queries, block.heads] = o.transpose(1, 2).flatten(0, 1).to(dtype)
+        o, l = aten._scaled_dot_product_flash_attention_for_cpu(*operands, scale=scale)  # noqa: E741
+        out[block.queries, block.heads] = packed(o).to(dtype)
         logsumexp[block.queries, block.heads] = l.transpose(1, 2).flatten(0, 1)
         del operands, o  # Before the next block makes its own.
-    return out, logsumexp, k
+    return out, logsumexp, q, k
 
 
 def _backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, dk: Tensor, scale: float) -> None:
@@ -225,12 +228,6 @@ def _grads(views: Sequence[Tensor], q_tables: Tables, k_tables: Tables, scale: f
     return dq, dk, dv
 
 
-def _buffers(q: Tensor, k: Tensor, parts: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
-    """Buffers [tokens, parts, heads, head_dim], and dq, dk and dv in them."""
-    buffers = [torch.empty((len(x), n, *x.shape[1:]), dtype=x.dtype) for x, n in zip((q, k, k), parts, strict=False)]
-    return buffers, [part for buffer in buffers for part in buffer.unbind(1)]
-
-
 def attention_backward(
     do: Tensor,
     out: Tensor,
@@ -242,42 +239,42 @@ def attention_backward(
     where: tuple[Tensor, Tensor, Tensor | None],
     scale: float,
     parts: Sequence[int],
-    rotated: Tensor | None = None,
+    rotated: Rotated,
 ) -> list[Tensor]:
     """dq, dk and dv in buffers of 3 parts, of 1 and 2, or of 1 each: [tokens, parts, heads, head_dim], no axis of 1.
 
-    rotated: k wide and rotated, if the forward kept it, as the forward left it.
+    rotated: q and k as the forward left them, where it kept them.
     """
-    sizes = _sizes(*where)
+    sizes, groups = _sizes(*where), len(where[0]) - 1
     if _is_ragged(sizes, where):
         return _ragged_backward(do, out, logsumexp, q, k, v, tables, sizes, scale, parts, rotated)
     ((queries, keys),) = sizes
-    groups, (_, heads, head_dim), buffers = len(where[0]) - 1, q.shape, None
-    if len(parts) == 3 and groups * heads * queries * keys <= CACHED and keys < LONG and _is_wide(q.dtype):
-        return small_backward(do, q, k, v, tables, groups, scale, rotated)
-    saved = (out, logsumexp.unsqueeze(2)) if _is_tiled(keys, q.dtype) else ()
-    views = [images(x, groups) for x in (do, q, k, v, *saved)]
+    heads, head_dim = q.shape[1:]
+    if _is_tiled(keys, q.dtype):
+        return tiled_backward(do, out, logsumexp, q, k, v, tables, groups, scale, parts, rotated)
+    if _is_wide(q.dtype) and groups * heads * queries * keys <= SMALL:
+        return small_backward(do, q, k, v, tables, groups, scale, parts, rotated)
+    views = [images(x, groups) for x in (do, q, k, v)]
     turns = [[x if x is None else images(x, groups) for x in of] for of in (tables[:2], tables[2:])]
-    k_turn = turns[1]
-    if rotated is not None:
-        views[2], k_turn = rotated.view(views[2].shape), NONE
-    together = _together(queries + keys, head_dim, q.dtype)
+    to_do = [of if x is None else NONE for of, x in zip(turns, rotated, strict=True)]
+    if rotated[0] is not None:
+        views[1] = images(rotated[0], groups)
+    if rotated[1] is not None:
+        views[2] = rotated[1].view(views[2].shape)
+    together = _together(queries + keys, head_dim)
     step = max(1, together // heads)
-    whole = step >= groups and together >= heads
+    buffers = None
     for group, head in product(range(0, groups, step), range(0, heads, together)):
         at = slice(group, group + step), slice(head, head + together)
-        cut = views if whole else [x[at] for x in views]
-        q_tables, k_tables, given = (
-            of if whole or of[0] is None else [x[at[0]] for x in of] for of in (*turns, k_turn)
-        )
-        results = _grads(cut, q_tables, given, scale)
+        q_tables, k_tables, *left = (of if of[0] is None else [x[at[0]] for x in of] for of in (*turns, *to_do))
+        results = _grads([x[at] for x in views], *left, scale)
         if buffers is None:  # Only now, when the first results have set their memory free.
-            buffers, grads = _buffers(q, k, parts)
+            buffers, grads = gradient_buffers(q, k, parts)
             grads = [images(x, groups) for x in grads]
         for grad, x, rotation in zip(grads, results, (q_tables, k_tables, NONE), strict=True):
-            _put(grad if whole else grad[at], x, rotation, transpose=True)
+            _put(grad[at], x, rotation, transpose=True)
         del results, x  # Before the next make their own.
-    return [buffer.squeeze(1) if n == 1 else buffer for buffer, n in zip(buffers, parts, strict=True)]
+    return buffers
 
 
 def _ragged_backward(
@@ -291,10 +288,12 @@ def _ragged_backward(
     sizes: Sizes,
     scale: float,
     parts: Sequence[int],
-    rotated: Tensor | None,
+    rotated: Rotated,
 ) -> list[Tensor]:
     """`attention_backward` where groups have several sizes, share contexts or are empty."""
-    q_, k_ = _rotated(q, tables[:2]), _rotated(k, tables[2:]) if rotated is None else rotated
+    q_, k_ = rotated
+    q_ = _rotated(q, tables[:2]) if q_ is None else q_
+    k_ = _rotated(k, tables[2:]) if k_ is None else k_
     # Groups that share a context add up in float32 or wider.
     sums = [torch.zeros(x.shape, dtype=logsumexp.dtype) for x in (q, k, v)]
     for block in _blocks(sizes, *q.shape[1:], q.dtype):
@@ -309,7 +308,7 @@ def _ragged_backward(
             else:
                 block.part(total, at).add_(x)
         del views, results, x  # Before the next block makes its own.
-    buffers, grads = _buffers(q, k, parts)
+    buffers, grads = gradient_buffers(q, k, parts)
     for grad, x, rotation in zip(grads, sums, (tables[:2], tables[2:], NONE), strict=True):
         grad.copy_(_rotated(x, rotation, transpose=True))
-    return [buffer.squeeze(1) if n == 1 else buffer for buffer, n in zip(buffers, parts, strict=True)]
+    return buffers

@@ -6,6 +6,7 @@ of selective activation checkpointing: saving the first spares its recomputation
 """
 
 from inspect import signature
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -19,19 +20,14 @@ OPERANDS = (
     " Tensor? cu_seqlens_k, Tensor? kv_index, SymInt max_seqlen_q, SymInt max_seqlen_k, float scale"
 )
 OP = "capi_kernels::attention"
-# Saved is what the backward needs of each row and, on a CPU, of a cross-attention in float32 or wider the rotated k,
-# many times the queries. Gradients come in buffers of `parts`: [3] is dqkv [tokens, 3, heads, head_dim], [1, 2] are dq
-# [queries, heads, head_dim] and dkv [context, 2, heads, head_dim], [1, 1, 1], on a CPU only, dq, dk and dv.
+# Saved is what the backward needs of each row and, on a CPU, what `cpu.kept` says of q and k as they were rotated.
+# Gradients come in buffers of `parts`: [3] is dqkv [tokens, 3, heads, head_dim], [1, 2] are dq [queries, heads,
+# head_dim] and dkv [context, 2, heads, head_dim], [1, 1, 1], on a CPU only, dq, dk and dv.
 torch.library.define(OP, f"({OPERANDS}) -> (Tensor out, Tensor[] saved)")
 torch.library.define(
     f"{OP}_backward", f"(Tensor do, Tensor out, Tensor[] saved, {OPERANDS}, int[] parts) -> Tensor[] gradients"
 )
 register_autocast(OP, 3)
-
-
-def keeps_rotated(k: Tensor, k_cos: Tensor | None) -> bool:
-    """Whether a CPU keeps k as it rotated it; in self-attention k has no tables of its own."""
-    return k_cos is not None and torch.promote_types(k.dtype, torch.float32) == k.dtype
 
 
 def _complete(q_cos, q_sin, k_cos, k_sin, cu_seqlens_q, cu_seqlens_k, *rest) -> tuple:
@@ -43,18 +39,19 @@ def _complete(q_cos, q_sin, k_cos, k_sin, cu_seqlens_q, cu_seqlens_k, *rest) -> 
 
 @torch.library.impl(OP, "CPU")
 def _(q, k, v, *operands):
-    *tables, cu_seqlens_q, cu_seqlens_k, kv_index, _, _, scale = _complete(*operands)
-    out, logsumexp, rotated = cpu.attention(q, k, v, tables, (cu_seqlens_q, cu_seqlens_k, kv_index), scale)
-    return out, [logsumexp, rotated] if keeps_rotated(k, operands[2]) else [logsumexp]
+    *tables, cu_seqlens_q, cu_seqlens_k, kv_index, _, max_seqlen_k, scale = _complete(*operands)
+    out, logsumexp, *rotated = cpu.attention(q, k, v, tables, (cu_seqlens_q, cu_seqlens_k, kv_index), scale)
+    return out, [logsumexp, *compress(rotated, cpu.kept(q.dtype, tables, max_seqlen_k))]
 
 
 @torch.library.impl(f"{OP}_backward", "CPU")
 def _(do, out, saved, q, k, v, *operands):
     *operands, parts = operands
-    *tables, cu_seqlens_q, cu_seqlens_k, kv_index, _, _, scale = _complete(*operands)
+    *tables, cu_seqlens_q, cu_seqlens_k, kv_index, _, max_seqlen_k, scale = _complete(*operands)
     where = (cu_seqlens_q, cu_seqlens_k, kv_index)
-    logsumexp, *rotated = saved
-    return cpu.attention_backward(do, out, logsumexp, q, k, v, tables, where, scale, parts, *rotated)
+    logsumexp, *kept = saved
+    rotated = [kept.pop(0) if is_kept else None for is_kept in cpu.kept(q.dtype, tables, max_seqlen_k)]
+    return cpu.attention_backward(do, out, logsumexp, q, k, v, tables, where, scale, parts, rotated)
 
 
 @torch.library.impl(OP, "CUDA")
@@ -77,11 +74,11 @@ def _(do, out, saved, q, k, v, *operands):
 
 
 @torch.library.register_fake(OP)
-def _(q, k, v, q_cos, q_sin, k_cos, k_sin, cu_seqlens_q, cu_seqlens_k, kv_index, max_seqlen_q, max_seqlen_k, scale):
-    queries, heads, _ = q.shape
+def _(q, k, v, *operands):
+    (queries, heads, _), (*tables, _, _, _, _, max_seqlen_k, _) = q.shape, _complete(*operands)
     if q.device.type == "cpu":
         saved = [q.new_empty((queries, heads), dtype=torch.promote_types(q.dtype, torch.float32))]
-        saved += [k.new_empty(k.shape)] if keeps_rotated(k, k_cos) else []
+        saved += [x.new_empty(x.shape) for x in compress((q, k), cpu.kept(q.dtype, tables, max_seqlen_k))]
     else:
         saved = [q.new_empty((2, heads, queries), dtype=torch.float32)]
     return q.new_empty(q.shape), saved
