@@ -4,10 +4,6 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib as mpl
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 from capi.checkpoint import write_atomically
 
 _SCORES = {"classification": ("accuracy", "accuracy"), "segmentation": ("mean_iou", "IoU")}
@@ -77,6 +73,10 @@ def _chosen(result: dict) -> str:
 
 def plot_classes(evaluations: Mapping[str, dict], png: Path) -> None:
     """Draws the score of every class by every probe, the worst class at the bottom; of many the best and the worst."""
+    import matplotlib as mpl  # A third of a second, which nothing waits for that draws nothing.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     first = next(iter(evaluations.values()))
     key, label = _SCORES[first["task"]]
     series = []

@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-
-import matplotlib as mpl
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
+from typing import TYPE_CHECKING
 
 from capi.metrics import read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _STYLE = {
     "font.size": 9,
@@ -50,6 +49,8 @@ def plot_curves(runs: Sequence[str | Path], png: str | Path) -> None:
         ValueError: a run holds no metrics, or what is no line of metrics.
         OSError: a file cannot be read, or the picture cannot be written.
     """
+    import matplotlib as mpl  # A third of a second, which nothing waits for that draws nothing.
+
     files = [path / "metrics.jsonl" if path.is_dir() else path for path in (Path(run).expanduser() for run in runs)]
     lines = {name: _read(file) for name, file in zip(_names(files), files, strict=True)}
     with mpl.rc_context(_STYLE):
@@ -81,7 +82,12 @@ def _names(files: Sequence[Path]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names, start=1)]
 
 
-def _curves(runs: dict[str, Lines]) -> Figure:
+def _curves(runs: dict[str, Lines]) -> "Figure":
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
     def points(lines: Lines, key: str) -> list[tuple[int, float]]:
         return [(line["step"], line[key]) for line in lines if isinstance(line.get(key), int | float)]
 

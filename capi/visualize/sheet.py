@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
@@ -124,6 +123,8 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
 @cache
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     """The typeface that comes with matplotlib: the same on every machine."""
+    import matplotlib as mpl
+
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(Path(mpl.get_data_path()) / "fonts" / "ttf" / name, size)
 
