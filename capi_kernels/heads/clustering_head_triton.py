@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from capi_kernels._capability import capability, launch_options
-from capi_kernels._process_groups import largest
+from capi_kernels._process_groups import in_turn, largest
 from capi_kernels.heads.cross_entropy_triton import minus_gradient, soft_cross_entropy
 from capi_kernels.heads.linear import StreamedLinear
 from capi_kernels.reference import Potentials
@@ -243,8 +243,9 @@ def clustering_head(
     potentials = new_potentials(*((1, tokens) if together else (positions, images)), prototypes, device)
     column_max, column, row = potentials
     if together:
-        blocks = _Blocks(linear, row)
-        balance_rows([blocks], [(column_max, column)], n_iterations, eps, target_temperature, process_group)
+        arguments = column_max, column, n_iterations, eps, target_temperature, process_group
+        for _ in in_turn([balance_rows(_Blocks(linear, row), *arguments)], 1):
+            pass
 
     loss = torch.empty(tokens, dtype=torch.float32, device=device)
     dweight = torch.zeros((prototypes, dim), dtype=torch.float32, device=device)
