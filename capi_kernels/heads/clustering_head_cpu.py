@@ -36,10 +36,12 @@ def clustering_head(
     position_chunk: int | None,
     process_group: ProcessGroup | None,
     dtype: torch.dtype,
+    n_scored: int | None = None,
 ) -> tuple[Tensor, Potentials, Tensor, Tensor]:
     """The loss, the potentials, and the gradients of the loss in weight and bias."""
     positions, images, dim = features.shape
     prototypes, tokens = len(weight), positions * images
+    scored = None if n_scored is None else (torch.arange(images) < n_scored).repeat(positions)
     wide = torch.promote_types(dtype, torch.float32)
     chunk = position_chunk or positions
     if position_chunk is None and positionwise:
@@ -63,6 +65,9 @@ def clustering_head(
     chunks = balance_positions(linear, buffers, potentials, target_temperature, n_iterations, eps, process_group)
     for block in in_turn(chunks, in_flight):
         t, _, logits, f = (x.flatten(0, 1) for x in block)
+        if scored is not None:  # Blocks come in the order of the tokens.
+            here, scored = scored.split([len(t), len(scored) - len(t)])
+            t, logits, f = (x[here] for x in (t, logits, f))
         minus_dlogits = logits if dtype == wide else torch.empty_like(t)
         for some_rows in zip(*(x.split(cross_entropy.rows) for x in (t, logits, minus_dlogits)), strict=True):
             loss += cross_entropy(*some_rows)
@@ -75,6 +80,7 @@ def clustering_head(
             dweight += torch.mm(*factors)
         dbias += minus_dlogits.sum(0)
     potentials.column.mul_(math.exp(HEADROOM))
+    tokens = positions * (images if n_scored is None else n_scored)
     factor = -1 / (prediction_temperature * tokens)
     if not positionwise:
         potentials = Potentials(*(x[0] for x in potentials))
