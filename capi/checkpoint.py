@@ -174,6 +174,6 @@ def save_heads(path: Path, model: CAPI) -> None:
     heads = {
         name: tensor.detach().cpu().contiguous()
         for name, tensor in model.state_dict().items()
-        if name.startswith(("teacher.head.", "student_ema.head."))
+        if name.startswith(("teacher.head.layer.", "student_ema.head."))
     }
     write_atomically(path, lambda file: save_file(heads, file))

@@ -127,6 +127,10 @@ class ClusteringConfig:
     """Sinkhorn-Knopp iterations, each over columns and rows."""
     positionwise: bool = True
     """Balance the assignments at each position separately; off balances all positions together."""
+    queue_size: int = 0
+    """Earlier images, over all ranks, that are balanced with those of a step: for batches that are small beside
+    n_prototypes. Their features are kept, by every rank, and assigned anew at every step; losses are of the step's own
+    images. They take part once there are so many. 0: none; else at least optim.batch_size."""
     bias: bool = True
     """Give the teacher's clustering layer a bias."""
 
@@ -207,8 +211,8 @@ class RunConfig:
     compile: Literal["auto", "on", "off"] = "auto"
     """Fuse the pointwise work with torch.compile; auto does on a GPU."""
     cuda_graphs: Literal["auto", "on", "off"] = "auto"
-    """Replay the step as one CUDA graph, so that no GPU waits for its host; it needs one process on a GPU and a
-    masking.mask_ratio that is no range. auto does where it can."""
+    """Replay the step as one CUDA graph, so that no GPU waits for its host; it needs one process on a GPU, a
+    masking.mask_ratio that is no range and no clustering.queue_size. auto does where it can."""
     checkpoint_activations: bool = False
     """Keep the inputs of the student's blocks alone and recompute the rest in the backward pass: less memory, about a
     quarter more time."""

@@ -47,6 +47,12 @@ def check_config(config: Config, world_size: int = 1) -> None:
     if config.clustering.n_sinkhorn_iterations < 1:
         iterations = config.clustering.n_sinkhorn_iterations
         raise ValueError(f"clustering.n_sinkhorn_iterations must be at least 1, got {iterations}")
+    queue = config.clustering.queue_size
+    if queue != 0 and (queue < optim.batch_size or queue % world_size):
+        raise ValueError(
+            f"clustering.queue_size must be 0, or at least optim.batch_size {optim.batch_size} and a multiple of the "
+            f"{world_size} processes, got {queue}"
+        )
     for name in ("betas", "clustering_betas"):
         if not all(0 <= beta < 1 for beta in getattr(optim, name) or ()):
             raise ValueError(f"optim.{name} must lie in [0, 1), got {getattr(optim, name)}")

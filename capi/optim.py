@@ -82,10 +82,10 @@ def allocate_states(optimizer: torch.optim.Optimizer) -> None:
 
 @torch.no_grad()
 def all_finite(tensors: Iterable[Tensor]) -> Bool[Tensor, ""]:
-    """Whether every value is, on the device: one pass over the tensors, which must be of one device."""
+    """Whether every value is, on the device: one pass over the tensors, which must be of one device. Integers are."""
     of_type: dict[torch.dtype, list[Tensor]] = {}
     for x in tensors:
-        if x.numel():
+        if x.numel() and x.is_floating_point():
             of_type.setdefault(x.dtype, []).append(x)
     # Of the largest value: squares of values above 1e19 would overflow.
     norms = [torch.stack(torch._foreach_norm(same, torch.inf)) for same in of_type.values()]

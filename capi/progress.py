@@ -73,7 +73,8 @@ def log_step(
     if writer is None:
         return
     n_tokens = statistics.n_positions
-    sinkhorn_batch = config.optim.batch_size * (1 if config.clustering.positionwise else n_tokens)
+    images = config.optim.batch_size + trainer.model.teacher["head"].images_of_queue
+    sinkhorn_batch = images * (1 if config.clustering.positionwise else n_tokens)
     values = {
         "loss": loss,
         "clustering_loss": clustering_loss,
@@ -129,7 +130,8 @@ def announce(config: Config, trainer: Trainer, start: int) -> None:
     if start >= config.optim.steps:
         logger.info("all %d steps are done already; for a new run choose another run.output_dir", start)
     tokens = (config.data.image_size // config.model.patch_size) ** 2
-    batch = config.optim.batch_size * (1 if config.clustering.positionwise else tokens)
+    images = config.optim.batch_size + config.clustering.queue_size
+    batch = images * (1 if config.clustering.positionwise else tokens)
     floor = entropy_floor(batch, config.clustering.n_prototypes)
     if floor > 0:
         logger.warning(

@@ -56,6 +56,9 @@ class Trainer:
         self.model = CAPI(config.model, config.clustering).init_weights().to(world.device)
         self.optimizers = build_optimizers(self.model, config.optim)
         self.compute_dtype = _compute_dtype(config.run.precision, world.device)
+        if config.clustering.queue_size > 0:
+            n_positions = (config.data.image_size // config.model.patch_size) ** 2
+            self.model.teacher["head"].add_queue(n_positions, self.compute_dtype)
         self.copies: WeightCopies | None = None
         self.fused_update: Callable[[float, Tensor], None] | None = None
         if world.device.type == "cuda":
@@ -112,6 +115,7 @@ class Trainer:
             self.steps_done = None
             self.bad_steps = torch.where(finite, 0, self.bad_steps + 1)
             self._update(momentum, 1 - finite.float())
+            self.model.teacher["head"].store(finite)
             self.steps_done = step + 1
         if graph is not None:  # Behind the updates, which then are launched while the device computes.
             for _ in batches:

@@ -125,4 +125,6 @@ def graphs_obstacle(config: Config, world: World) -> str | None:
         return f"there are {world.size} processes"
     if isinstance(config.masking.mask_ratio, tuple):
         return "masking.mask_ratio is a range"
+    if config.clustering.queue_size > 0:
+        return "clustering.queue_size is set"
     return None

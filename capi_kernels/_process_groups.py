@@ -1,8 +1,15 @@
-"""Groups of processes: how the caller names one, how an op's schema does, and what its ranks agree on."""
+"""Groups of processes: how the caller names one, how an op's schema does, what its ranks agree on and reduce."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import TypeVar
 
 import torch
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce, get_backend_config, group, is_initialized
 from torch.distributed.distributed_c10d import _resolve_process_group
+
+Result = TypeVar("Result")
 
 
 def resolve_group(process_group: ProcessGroup | str | None) -> ProcessGroup | None:
@@ -32,3 +39,30 @@ def largest(values: list[int], process_group: ProcessGroup | None, device: torch
     x = torch.tensor(values, device="cpu" if "cpu:" in get_backend_config(process_group) else device)
     all_reduce(x, ReduceOp.MAX, process_group)
     return x.tolist()
+
+
+def reduced(x: torch.Tensor, op: ReduceOp.RedOpType, process_group: ProcessGroup | None) -> Iterator[None]:
+    """All-reduces x in place, and yields once while it is on its way; without a group it does neither."""
+    if process_group is None:
+        return
+    work = all_reduce(x, op, process_group, async_op=True)
+    yield
+    work.wait()  # On a GPU its stream waits, not the host.
+
+
+def in_turn(chunks: Iterable[Iterator[Result | None]], in_flight: int) -> Iterator[Result]:
+    """What the chunks yield but for None: at that, a reduction of the chunk is on its way, and the next goes on.
+
+    With as many reductions each, chunks end in their order. One more begins as soon as one of the `in_flight` ends.
+    """
+    waiting = iter(chunks)
+    active = deque(islice(waiting, in_flight))
+    while active:
+        chunk = active.popleft()
+        for result in chunk:
+            if result is None:
+                active.append(chunk)
+                break
+            yield result
+        else:
+            active.extendleft(islice(waiting, 1))

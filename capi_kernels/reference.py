@@ -130,15 +130,20 @@ def clustering_head(
     eps: float = 1e-8,
     positionwise: bool = True,
     position_chunk: int | None = None,
+    n_scored: int | None = None,
     process_group: ProcessGroup | Literal["world"] | None = "world",
 ) -> ClusteringHead:
-    """Cross-entropy between a linear layer's logits on L2-normalised features and their own Sinkhorn assignment."""
+    """Cross-entropy between a linear layer's logits on L2-normalised features and their own Sinkhorn assignment.
+
+    Of the first `n_scored` images; the others are balanced with them.
+    """
     logits = _clustering_logits(features, weight, bias)
     slices = logits.detach() if positionwise else logits.detach().flatten(0, 1)
     options = {"temperature": target_temperature, "process_group": process_group}
     potentials = sinkhorn_potentials(slices, n_iterations, eps, **options)
     targets = sinkhorn_positionwise(slices, n_iterations, eps, **options).view_as(logits)
-    loss = -(targets * F.log_softmax(logits / prediction_temperature, dim=-1)).sum(-1).mean()
+    losses = -(targets * F.log_softmax(logits / prediction_temperature, dim=-1)).sum(-1)
+    loss = losses[:, :n_scored].mean()
     if not positionwise:  # Every position has the columns of all.
         column_max, column = (x.expand(len(logits), -1) for x in potentials[:2])
         potentials = Potentials(column_max, column, potentials.row.view(logits.shape[:2]))

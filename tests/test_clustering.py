@@ -88,6 +88,23 @@ def test_loss_and_gradients_match_the_definition(
             assert_defined(clustering_head, given, position_chunk=chunk, positionwise=positionwise, **options)
 
 
+@pytest.mark.parametrize("positionwise", [True, False], ids=["positionwise", "together"])
+@pytest.mark.parametrize("chunk", [1, 2, None])
+def test_images_that_are_balanced_alone(positionwise: bool, chunk: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the definition in one chunk or several, also in blocks of which one has no image of the loss."""
+    draws = [draw(5, 8, 12, 6, seed=seed) for seed in SEEDS]
+    for n_scored in (1, 3, 8):
+        assert_defined(clustering_head, draws, position_chunk=chunk, positionwise=positionwise, n_scored=n_scored)
+    monkeypatch.setattr(cpu, "CHUNK_BYTES", 3 * 4 * 12)  # three rows
+    assert_defined(clustering_head, draws, position_chunk=chunk, positionwise=positionwise, n_scored=2)
+    # Slices of what all of them are balanced to.
+    features, weight, bias, _ = draws[0]
+    options = {"position_chunk": chunk, "positionwise": positionwise}
+    potentials = clustering_head(features, weight, bias, **options).potentials
+    for some, every in zip(clustering_head(*draws[0][:3], n_scored=3, **options).potentials, potentials, strict=True):
+        assert torch.equal(some, every)
+
+
 @pytest.mark.parametrize("blocks", [1, 3])
 @pytest.mark.parametrize("positionwise", [True, False], ids=["positionwise", "together"])
 def test_products_summed_in_another_order_are_as_accurate(positionwise: bool, blocks: int) -> None:
@@ -329,6 +346,8 @@ def test_bad_arguments() -> None:
         (ValueError, "n_iterations must be at least 1, got 0", {"n_iterations": 0}),
         (ValueError, "eps must be finite and at least 0, got inf", {"eps": math.inf}),
         (ValueError, "position_chunk must be at least 1, got 0", {"position_chunk": 0}),
+        (ValueError, "n_scored must be at least 1, got 0", {"n_scored": 0}),
+        (ValueError, "n_scored must be at most the 4 images, got 5", {"n_scored": 5}),
         (TypeError, "process_group must be", {"process_group": "all"}),
     ]
     for error, message, bad in cases:

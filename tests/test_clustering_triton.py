@@ -44,9 +44,10 @@ def run(
     temperatures: tuple[float, float] = (0.06, 0.12),
     n_iterations: int = 3,
     eps: float = 1e-8,
+    n_scored: int | None = None,
 ) -> dict[str, Tensor | None]:
     loss, potentials, dweight, dbias = clustering_head(
-        features, weight, bias, *temperatures, n_iterations, eps, positionwise, chunk, None, features.dtype
+        features, weight, bias, *temperatures, n_iterations, eps, positionwise, chunk, None, features.dtype, n_scored
     )
     return {"loss": loss, "dweight": dweight, "dbias": dbias, **potentials._asdict()}
 
@@ -59,6 +60,7 @@ def defined(
     temperatures: tuple[float, float] = (0.06, 0.12),
     n_iterations: int = 3,
     eps: float = 1e-8,
+    n_scored: int | None = None,
 ) -> dict[str, Tensor]:
     weight = weight.detach().requires_grad_()
     bias = torch.zeros_like(weight[:, 0]) if bias is None else bias
@@ -73,6 +75,7 @@ def defined(
         n_iterations=n_iterations,
         eps=eps,
         positionwise=positionwise,
+        n_scored=n_scored,
     )
     loss.backward()
     return {"loss": loss.detach(), "dweight": weight.grad, "dbias": bias.grad}
@@ -138,6 +141,14 @@ def test_options() -> None:
         lambda *inputs: run(*inputs[:4], None, *inputs[4:]),
         *options,
     )
+    assert_defined(compared)
+
+
+@pytest.mark.parametrize("positionwise", [True, False], ids=["positionwise", "together"])
+@pytest.mark.parametrize("chunk", [2, None])
+def test_images_that_are_balanced_alone(positionwise: bool, chunk: int | None) -> None:
+    options = (positionwise, (0.06, 0.12), 3, 1e-8, 2)
+    compared = results([draw(3, 5, 9, 5, seed=seed) for seed in SEEDS], lambda *x: run(*x[:4], chunk, *x[4:]), *options)
     assert_defined(compared)
 
 

@@ -8,7 +8,7 @@ from numerics import assert_as_accurate
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from capi_kernels import Potentials, reference, sinkhorn_positionwise
+from capi_kernels import Potentials, _process_groups, reference, sinkhorn_positionwise
 from capi_kernels.sinkhorn import balance_triton, columns_triton, common_triton, rows_triton
 from capi_kernels.sinkhorn.assignments_triton import assignments
 from capi_kernels.sinkhorn.balance_triton import balanced
@@ -259,7 +259,7 @@ def test_images_in_several_blocks_equal_one() -> None:
     cuts = (slice(0, 7), slice(7, 40), slice(40, 50))
     for potentials, here in ((whole, (slice(None),)), (pieces, cuts)):
         blocks = [(logits[:, cut], potentials.row[:, cut]) for cut in here]
-        rows_triton.balance_rows([blocks], [potentials[:2]], 5, 1e-8, 0.1, None)
+        assert not list(rows_triton.balance_rows(blocks, *potentials[:2], 5, 1e-8, 0.1, None))
     for one, several in zip(whole, pieces, strict=True):
         torch.testing.assert_close(one, several)
 
@@ -281,7 +281,7 @@ def test_a_chunk_is_reduced_while_the_next_is_computed(monkeypatch: pytest.Monke
         events.append(("reduce", sum(kind == "reduce" for kind, _ in events) % 3))
         return Work(events[-1][1])
 
-    monkeypatch.setattr(rows_triton, "all_reduce", all_reduce)
+    monkeypatch.setattr(_process_groups, "all_reduce", all_reduce)
     monkeypatch.setattr(balance_triton, "CHUNKS_IN_FLIGHT", 3)
     logits = draw(3, 5, 7)
     out, _ = balanced(logits, 3, 1e-8, 0.1, ProcessGroup(0, 1), True)

@@ -31,7 +31,8 @@ OP = "capi_kernels::clustering_head"
 torch.library.define(
     OP,
     "(Tensor features, Tensor weight, Tensor? bias, float target_temperature, float prediction_temperature,"
-    " int n_iterations, float eps, bool positionwise, SymInt? position_chunk, str? process_group, ScalarType dtype)"
+    " int n_iterations, float eps, bool positionwise, SymInt? position_chunk, SymInt? n_scored, str? process_group,"
+    " ScalarType dtype)"
     " -> (Tensor loss, Tensor column_max, Tensor column, Tensor row, Tensor dweight, Tensor dbias)",
 )
 
@@ -43,8 +44,10 @@ def _outputs(weight: Tensor, results: tuple[Tensor, Potentials, Tensor, Tensor])
 
 @torch.library.impl(OP, "CPU")
 def _(features, weight, *arguments):
-    *arguments, process_group, dtype = arguments
-    results = clustering_head_cpu.clustering_head(features, weight, *arguments, named_group(process_group), dtype)
+    *arguments, n_scored, process_group, dtype = arguments
+    results = clustering_head_cpu.clustering_head(
+        features, weight, *arguments, named_group(process_group), dtype, n_scored
+    )
     return _outputs(weight, results)
 
 
@@ -52,10 +55,10 @@ def _(features, weight, *arguments):
 def _(features, weight, *arguments):
     from capi_kernels.heads import clustering_head_triton
 
-    *arguments, process_group, dtype = arguments
+    *arguments, n_scored, process_group, dtype = arguments
     with torch.cuda.device(features.device):
         results = clustering_head_triton.clustering_head(
-            features, weight, *arguments, named_group(process_group), dtype
+            features, weight, *arguments, named_group(process_group), dtype, n_scored
         )
     return _outputs(weight, results)
 
@@ -63,7 +66,7 @@ def _(features, weight, *arguments):
 @torch.library.register_fake(OP)
 def _(features, weight, bias, *arguments):
     (positions, images, _), prototypes = features.shape, len(weight)
-    *_, positionwise, _, _, dtype = arguments
+    *_, positionwise, _, _, _, dtype = arguments
     slices, row = ((positions,), images) if positionwise else ((), positions * images)
     wide = torch.promote_types(dtype, torch.float32)
     shapes = (), *((*slices, n) for n in (prototypes, prototypes, row))
@@ -85,7 +88,7 @@ def _backward(ctx: FunctionCtx, dloss: Tensor | None, *_: None) -> tuple[Tensor 
     if dloss is None:
         return (None,) * 11
     gradients = zip(ctx.saved_tensors, ctx.needs_input_grad[1:3], strict=True)
-    return None, *(times(x, dloss) if needed else None for x, needed in gradients), *[None] * 8
+    return None, *(times(x, dloss) if needed else None for x, needed in gradients), *[None] * 9
 
 
 register_autocast(OP)
@@ -106,12 +109,13 @@ class _ClusteringHead(torch.autograd.Function):
         eps,
         positionwise,
         position_chunk,
+        n_scored,
         process_group,
         dtype,
     ):
         temperatures, sinkhorn = (target_temperature, prediction_temperature), (n_iterations, eps, positionwise)
         return torch.ops.capi_kernels.clustering_head(
-            features, weight, bias, *temperatures, *sinkhorn, position_chunk, process_group, dtype
+            features, weight, bias, *temperatures, *sinkhorn, position_chunk, n_scored, process_group, dtype
         )
 
     setup_context = staticmethod(_setup_context)
@@ -129,6 +133,7 @@ def clustering_head(
     eps: float = 1e-8,
     positionwise: bool = True,
     position_chunk: int | None = None,
+    n_scored: int | None = None,
     process_group: ProcessGroup | str | None = "world",
 ) -> ClusteringHead:
     """Cross-entropy between a linear layer's logits and their Sinkhorn assignment (arXiv 2502.08769, clustering).
@@ -149,7 +154,10 @@ def clustering_head(
             fewer take n_iterations + 2 times the matrix product instead. On a GPU 1 GiB of logits by default, but at
             most a quarter of the free memory (over a group, of the rank with least; agreeing on it waits for the GPU
             where the group has no backend for CPU tensors). Changes memory, speed and rounding: a product of another
-            shape may add up its terms in another order. The same call on the same machine gives the same bits.
+            shape may add up its terms in another order. The same call on the same machine gives the same bits. Over a
+            group a CPU holds two chunks: while the sums of one are reduced, the other is computed.
+        n_scored: the loss and its gradients are those of the first so many images of each position; the others, such
+            as those of earlier batches, are only balanced with them. By default all of them count.
 
     Returns:
         ClusteringHead(loss, potentials of the assignments, as from `sinkhorn_potentials` of [positions, images,
@@ -158,7 +166,8 @@ def clustering_head(
     Raises:
         TypeError: features, weight or bias that are not floating point, or float64 on a GPU.
         ValueError: other shapes or devices, an empty axis, temperatures that are not positive and finite, n_iterations
-            or position_chunk < 1, a negative or non-finite eps, on a GPU more than 1 048 576 prototypes.
+            or position_chunk < 1, n_scored < 1 or more than the images, a negative or non-finite eps, on a GPU more
+            than 1 048 576 prototypes.
     """
     check_tensor("features", features, "positions images dim")
     positions, images, dim = features.shape
@@ -169,6 +178,10 @@ def clustering_head(
     process_group = group_name(resolve_group(process_group))
     if position_chunk is not None:
         check_count("position_chunk", position_chunk)
+    if n_scored is not None:
+        check_count("n_scored", n_scored)
+        if n_scored > images:
+            raise ValueError(f"n_scored must be at most the {images} images, got {n_scored}")
     loss, column_max, column, row, _, _ = _ClusteringHead.apply(
         features,
         weight,
@@ -179,6 +192,7 @@ def clustering_head(
         eps,
         positionwise,
         position_chunk,
+        n_scored,
         process_group,
         dtype_under_autocast(features),
     )

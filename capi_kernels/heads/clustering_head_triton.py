@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from capi_kernels._capability import capability, launch_options
-from capi_kernels._process_groups import largest
+from capi_kernels._process_groups import in_turn, largest
 from capi_kernels.heads.cross_entropy_triton import minus_gradient, soft_cross_entropy
 from capi_kernels.heads.linear import StreamedLinear
 from capi_kernels.reference import Potentials
@@ -230,10 +230,12 @@ def clustering_head(
     position_chunk: int | None,
     process_group: ProcessGroup | None,
     dtype: torch.dtype,
+    n_scored: int | None = None,
 ) -> tuple[Tensor, Potentials, Tensor, Tensor]:
     """The loss, the potentials, and the gradients of the loss in weight and bias, in float32."""
     positions, images, dim = features.shape
     prototypes, tokens, device = len(weight), positions * images, features.device
+    per_position = images
     check_supported("features", dtype, prototypes)
     chunk = position_chunk or default_position_chunk(features, prototypes, dtype, process_group)
     together = not positionwise and chunk < positions
@@ -243,8 +245,9 @@ def clustering_head(
     potentials = new_potentials(*((1, tokens) if together else (positions, images)), prototypes, device)
     column_max, column, row = potentials
     if together:
-        blocks = _Blocks(linear, row)
-        balance_rows([blocks], [(column_max, column)], n_iterations, eps, target_temperature, process_group)
+        arguments = column_max, column, n_iterations, eps, target_temperature, process_group
+        for _ in in_turn([balance_rows(_Blocks(linear, row), *arguments)], 1):
+            pass
 
     loss = torch.empty(tokens, dtype=torch.float32, device=device)
     dweight = torch.zeros((prototypes, dim), dtype=torch.float32, device=device)
@@ -260,8 +263,13 @@ def clustering_head(
             part = Potentials(*(x[start : start + linear.chunk] for x in potentials))
             balance(logits, part, n_iterations, eps, target_temperature, process_group, last_row=False)
         head_rows(logits, part, loss[here], dbias[i : i + 1], target_temperature, prediction_temperature, eps)
-        add_product_(dweight, logits.flatten(0, 1).mT, features_here.flatten(0, 1))
-    factor = -1 / (prediction_temperature * tokens)
+        minus_dlogits = logits.flatten(0, 1)
+        if n_scored is not None:  # The others' rows have no part in the gradients; that of the bias is summed anew.
+            minus_dlogits.unflatten(0, (-1, per_position))[:, n_scored:] = 0
+            torch.sum(minus_dlogits, 0, keepdim=True, dtype=torch.float32, out=dbias[i : i + 1])
+        add_product_(dweight, minus_dlogits.mT, features_here.flatten(0, 1))
+    loss = loss.view(-1, per_position)[:, :n_scored]
+    factor = -1 / (prediction_temperature * loss.numel())
     if not positionwise:
         potentials = Potentials(*(x[0] for x in potentials))
     return loss.mean(), potentials, dweight.mul_(factor), dbias.sum(0).mul_(factor)

@@ -1,5 +1,7 @@
 """The layer of the clustering head: normalise(features) weight^T + bias."""
 
+from itertools import cycle
+
 import torch
 from torch import Tensor
 
@@ -14,18 +16,20 @@ def normalised(features: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class StreamedLinear:
-    """normalise(features) weight^T + bias, a chunk of positions at a time, into one buffer."""
+    """normalise(features) weight^T + bias, a chunk of positions at a time, into so many buffers by turns."""
 
-    def __init__(self, features: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, chunk: int):
+    def __init__(
+        self, features: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, chunk: int, buffers: int = 1
+    ):
         self.features, self.dtype, self.chunk = features, dtype, chunk
         self.weight = weight.to(dtype)
         self.bias = None if bias is None else bias.to(dtype)
-        self.buffer = features.new_empty((chunk, features.shape[1], len(weight)), dtype=dtype)
+        self.buffers = cycle(features.new_empty((buffers, chunk, features.shape[1], len(weight)), dtype=dtype))
 
     def __call__(self, start: int) -> tuple[Tensor, Tensor]:
         """Logits [p, images, prototypes] and normalised features [p, images, dim] of the positions from `start` on."""
         features = normalised(self.features[start : start + self.chunk], self.dtype)
-        logits = self.buffer[: len(features)]
+        logits = next(self.buffers)[: len(features)]
         tokens = features.flatten(0, 1)
         if self.bias is None:
             torch.mm(tokens, self.weight.mT, out=logits.flatten(0, 1))

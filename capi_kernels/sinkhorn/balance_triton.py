@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from capi_kernels._process_groups import in_turn
 from capi_kernels.reference import Potentials
 from capi_kernels.sinkhorn.assignments_triton import write_assignments
 from capi_kernels.sinkhorn.columns_triton import balance_columns
@@ -31,10 +32,12 @@ def balance(
         balance_columns(logits, potentials, n_iterations, eps, temperature, last_row)
         return
     n_chunks = 1 if process_group is None else CHUNKS_IN_FLIGHT
-    column_max, column, row = (x.chunk(n_chunks) for x in potentials)
-    chunks = [[block] for block in zip(logits.chunk(n_chunks), row, strict=True)]
-    columns = list(zip(column_max, column, strict=True))
-    balance_rows(chunks, columns, n_iterations, eps, temperature, process_group)
+    chunks = (
+        balance_rows([(z, row)], column_max, column, n_iterations, eps, temperature, process_group)
+        for z, column_max, column, row in zip(*(x.chunk(n_chunks) for x in (logits, *potentials)), strict=True)
+    )
+    for _ in in_turn(chunks, n_chunks):
+        pass
     if last_row:
         row_step(logits, potentials, eps, temperature, column_sums=False)
 

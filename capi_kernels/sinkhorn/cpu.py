@@ -6,18 +6,19 @@ the exponential, which goes straight to the output, and the last scaling.
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from itertools import repeat
+from itertools import cycle, repeat
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, ReduceOp, all_reduce
+from torch.distributed import ProcessGroup, ReduceOp
 
-from capi_kernels._process_groups import largest
+from capi_kernels._process_groups import in_turn, largest, reduced
 from capi_kernels.reference import SHIFT, Potentials
 
 # In this file E carries exp(HEADROOM), which keeps it clear of the denormal numbers, slow on a CPU, and c its inverse.
 HEADROOM = 32.0
 CHUNK_BYTES = 1 << 23  # Exponentials that stay in cache between two passes.
+CHUNKS_IN_FLIGHT = 2  # Over a group: while one is all-reduced the other is computed.
 IN_PLACE = 4  # So many times more where the output holds them: threads wait for each other less often.
 SUMMED = 1024  # Terms that one product adds up: in one go 16384 would be off by more than all other rounding.
 
@@ -30,11 +31,11 @@ def balance(
     n_iterations: int,
     eps: float,
     process_group: ProcessGroup | None,
-) -> Iterator[Block]:
+) -> Iterator[Block | None]:
     """Fill c exp(-HEADROOM) [p, 1, K] and the rows (ones at first) of all blocks; yield blocks as they get assignments.
 
     `blocks_of_pass` gives the blocks of each of n_iterations + 1 passes, with exponentials from the first on. The last
-    pass yields, so that the caller finds the block in cache.
+    pass yields, so that the caller finds the block in cache. Yields None at every reduction, as `in_turn` expects.
     """
     column.fill_(SHIFT - HEADROOM).exp_()
     row_limit = torch.finfo(column.dtype).max ** 0.8
@@ -42,8 +43,7 @@ def balance(
     for E, row, *_ in blocks_of_pass(0):
         _add_column_sums_(column_sum, row, E)
     for iteration in range(1, n_iterations + 1):
-        if process_group is not None:
-            all_reduce(column_sum, ReduceOp.SUM, process_group)
+        yield from reduced(column_sum, ReduceOp.SUM, process_group)
         column.div_((column * column_sum).add_(eps))
         # Only column * row matters: a fixed largest column keeps both from drifting to 0 and inf in many iterations.
         scale = column.amax(-1, keepdim=True).mul_(math.exp(HEADROOM))
@@ -96,21 +96,25 @@ def balance_chunk(
     process_group: ProcessGroup | None,
     rows: int,
     *others: Tensor,
-) -> Iterator[Block]:
-    """Fill the potentials of [p, images, K] logits; yield blocks of `rows` images, E now the assignments.
+) -> Iterator[Block | None]:
+    """Fill the potentials of [p, images, K] logits; yield blocks of `rows` images, E now the assignments, and None.
 
     A block is (E, rows, logits, *others), where E is a buffer for the exponentials and others are [p, images, ...].
     """
     column_max, column, row = potentials.column_max.unsqueeze(1), potentials.column.unsqueeze(1), potentials.row
     column_max.copy_(logits.amax(1, keepdim=True))
-    if process_group is not None:
-        all_reduce(column_max, ReduceOp.MAX, process_group)
+    yield from reduced(column_max, ReduceOp.MAX, process_group)
     blocks = list(zip(*(x.split(rows, dim=1) for x in (E, row.unsqueeze(2), logits, *others)), strict=True))
 
     def blocks_of_pass(number: int) -> Iterable[Block]:
         return exponentials(blocks, column_max, temperature) if number == 0 else blocks
 
-    return balance(blocks_of_pass, column, n_iterations, eps, process_group)
+    yield from balance(blocks_of_pass, column, n_iterations, eps, process_group)
+
+
+def chunks_in_flight(positions: int, chunk: int, process_group: ProcessGroup | None) -> int:
+    """How many chunks are balanced by turns; alone, there is nothing to wait for."""
+    return 1 if process_group is None else min(CHUNKS_IN_FLIGHT, -(-positions // chunk))
 
 
 def positions_per_chunk(
@@ -146,16 +150,22 @@ def _balance_positions(
     positions, images, prototypes = logits.shape
     dtype = potentials.row.dtype
     in_place = out is not None and out.dtype == dtype
-    buffer = out if in_place else torch.empty((min(chunk, positions), images, prototypes), dtype=dtype)
+    in_flight = chunks_in_flight(positions, chunk, process_group)
+    shape = (in_flight, min(chunk, positions), images, prototypes)
+    buffers = out.split(chunk) if in_place else cycle(torch.empty(shape, dtype=dtype))
     rows = rows_per_block(chunk, images, prototypes, dtype.itemsize)
-    for start in range(0, positions, chunk):
+
+    def balanced_from(start: int, buffer: Tensor) -> Iterator[None]:
         here = slice(start, start + chunk)
-        E = buffer[here] if in_place else buffer[: positions - start]
-        part = Potentials(*(x[here] for x in potentials))
-        for _ in balance_chunk(E, logits[here], part, n_iterations, eps, temperature, process_group, rows):
-            pass
+        E, part = buffer[: positions - start], Potentials(*(x[here] for x in potentials))
+        for block in balance_chunk(E, logits[here], part, n_iterations, eps, temperature, process_group, rows):
+            if block is None:
+                yield
         if out is not None and not in_place:
             out[here].copy_(E)
+
+    for _ in in_turn(map(balanced_from, range(0, positions, chunk), buffers), in_flight):
+        pass
 
 
 def balanced(

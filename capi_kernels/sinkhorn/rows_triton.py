@@ -5,7 +5,7 @@ iteration leave in parts, and the last row sums fall to the pass that reads the 
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from functools import reduce
 from typing import no_type_check
 
@@ -13,10 +13,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.distributed import ProcessGroup, ReduceOp, all_reduce
+from torch.distributed import ProcessGroup, ReduceOp
 from triton import next_power_of_2
 
 from capi_kernels._capability import launch_options
+from capi_kernels._process_groups import reduced
 from capi_kernels.reference import SHIFT, Potentials
 from capi_kernels.sinkhorn.common_triton import (
     COMPILER,
@@ -211,55 +212,38 @@ def row_step(
     return sums
 
 
-class _Reduction:
-    """An all-reduce under way; nothing without a group."""
-
-    def __init__(self, x: Tensor, op: ReduceOp.RedOpType, process_group: ProcessGroup | None):
-        self.x = x
-        self.work = None if process_group is None else all_reduce(x, op, process_group, async_op=True)
-
-    def wait(self) -> Tensor:
-        if self.work is not None:
-            self.work.wait()
-        return self.x
-
-
 def balance_rows(
-    chunks: Sequence[Iterable[tuple[Tensor, Tensor]]],
-    columns: Sequence[tuple[Tensor, Tensor]],
+    blocks: Iterable[tuple[Tensor, Tensor]],
+    column_max: Tensor,
+    column: Tensor,
     n_iterations: int,
     eps: float,
     temperature: float,
     process_group: ProcessGroup | None,
-) -> None:
-    """Fill potentials, but for the last update of the rows; each pass reads every chunk once, `n_iterations` in all.
+) -> Iterator[None]:
+    """Fill the potentials, but for the last update of the rows, in `n_iterations` passes; yield at every reduction.
 
-    A chunk yields, every time, its logits [positions, images, prototypes] and rows [positions, images], in one block of
-    images or several; `columns` are the chunks' column_max and column. While one is all-reduced the next is computed.
+    `blocks` gives, in every pass, logits [positions, images, prototypes] and rows [positions, images], in one block of
+    images or several.
     """
-    firsts, reductions = [], []
-    for blocks, (column_max, column) in zip(chunks, columns, strict=True):
-        column.fill_(math.exp(SHIFT))
-        first = []
-        for logits, row in blocks:
-            row.fill_(1)
-            first.append(first_column_sums(logits, temperature))
-        column_max.copy_(reduce(torch.maximum, (block_max for block_max, _ in first)))
-        firsts.append(first)
-        reductions.append(_Reduction(column_max, ReduceOp.MAX, process_group))
-    for chunk, (first, (column_max, column)) in enumerate(zip(firsts, columns, strict=True)):
-        reductions[chunk].wait()
-        sums = (total * ((block_max - column_max) / temperature).exp_() for block_max, total in first)
-        reductions[chunk] = _Reduction(column * reduce(torch.add, sums), ReduceOp.SUM, process_group)
+    column.fill_(math.exp(SHIFT))
+    first = []
+    for logits, row in blocks:
+        row.fill_(1)
+        first.append(first_column_sums(logits, temperature))
+    column_max.copy_(reduce(torch.maximum, (block_max for block_max, _ in first)))
+    yield from reduced(column_max, ReduceOp.MAX, process_group)
+    sums = (total * ((block_max - column_max) / temperature).exp_() for block_max, total in first)
+    column_sum = column * reduce(torch.add, sums)
     for iteration in range(n_iterations):
-        for chunk, (blocks, (column_max, column)) in enumerate(zip(chunks, columns, strict=True)):
-            column.div_(reductions[chunk].wait().add_(eps))
-            if iteration == n_iterations - 1:
-                continue
-            scale = rescale_every_few(column, iteration)
-            sums = []
-            for logits, row in blocks:
-                if scale is not None:
-                    row.mul_(scale).clamp_(max=ROW_LIMIT)
-                sums.append(row_step(logits, Potentials(column_max, column, row), eps, temperature))
-            reductions[chunk] = _Reduction(reduce(torch.add, sums), ReduceOp.SUM, process_group)
+        yield from reduced(column_sum, ReduceOp.SUM, process_group)
+        column.div_(column_sum.add_(eps))
+        if iteration == n_iterations - 1:
+            return
+        scale = rescale_every_few(column, iteration)
+        sums = []
+        for logits, row in blocks:
+            if scale is not None:
+                row.mul_(scale).clamp_(max=ROW_LIMIT)
+            sums.append(row_step(logits, Potentials(column_max, column, row), eps, temperature))
+        column_sum = reduce(torch.add, sums)
