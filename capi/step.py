@@ -24,7 +24,7 @@ from capi.model import CAPI
 from capi.optim import all_finite, build_optimizers, schedule_value, set_learning_rates, update_ema
 from capi.profiling import HostTime
 from capi.seeding import Purpose, generator
-from capi.sharding import shard
+from capi.sharding import local, shard
 from capi.step_graph import Losses, MicroBatch, StepGraph, StepInputs, graphs_obstacle
 from capi_kernels import student_loss_with_statistics
 
@@ -217,7 +217,9 @@ class Trainer:
 
     def not_finite(self) -> str | None:
         """Which tensor of the state has values that are not finite, the first of them; waits for the device."""
-        tensors = dict(_named_tensors(self.state_dict()))
+        # Of what is sharded a rank looks at its own rows, which may be none.
+        parts = ((name, local(tensor)) for name, tensor in _named_tensors(self.state_dict()))
+        tensors = {name: part for name, part in parts if part.numel()}
         if all_finite(tensors.values()):
             return None
         return next(name for name, tensor in tensors.items() if not all_finite([tensor]))
