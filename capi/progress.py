@@ -137,8 +137,8 @@ def announce(config: Config, trainer: Trainer, start: int) -> None:
     if trainer.world.device.type == "cuda" and config.run.cuda_graphs == "auto" and obstacle is not None:
         logger.info("the host launches every step anew, without a CUDA graph: %s", obstacle)
     if trainer.sharded:
-        update = "PyTorch's fused AdamW updates it" if trainer.world.device.type == "cuda" else "and updates it"
-        logger.info("each process keeps a part of student and moving average (distributed.shard): %s", update)
+        update = ", not by the kernel that copies them as well" if trainer.world.device.type == "cuda" else ""
+        logger.info("each process keeps a part of the weights (distributed.shard), updated by PyTorch%s", update)
     elif config.distributed.shard == "full":
         logger.info("nothing is sharded (distributed.shard): there is one process")
     if 0 < start < config.optim.steps:

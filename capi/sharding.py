@@ -3,7 +3,7 @@ as it computes.
 
 Masters, their gradients' sums over the ranks, moving average and moments are of float32, each rank's own rows. Blocks
 are gathered in the type that they compute in. The teacher's clustering is no part of it: of a model of the paper's size
-it is a twentieth, it is read once for every micro-batch, and its gradients are summed while the student computes.
+it is a thirtieth, it is read once for every micro-batch, and its gradients are summed while the student computes.
 """
 
 import torch

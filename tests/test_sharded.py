@@ -307,7 +307,7 @@ def ranks(tmp_path_factory) -> Path:
     multiprocessing.set_forkserver_preload(["torch._dynamo", "torch.distributed.checkpoint.state_dict"])
     arguments = {"nprocs": 4, "join": False, "start_method": "forkserver"}
     context = torch.multiprocessing.start_processes(of_four_ranks, (folder,), **arguments)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     try:
         while not context.join(timeout=1):  # Raises what a rank does.
             assert time.monotonic() < deadline, "the ranks do not come to an end"
