@@ -214,8 +214,7 @@ class RunConfig:
     """Replay the step as one CUDA graph, so that no GPU waits for its host; it needs one process on a GPU, a
     masking.mask_ratio that is no range and no clustering.queue_size. auto does where it can."""
     checkpoint_activations: bool = False
-    """Keep the inputs of the student's blocks alone and recompute the rest in the backward pass: less memory, about a
-    quarter more time."""
+    """Keep the inputs of the student's blocks alone and recompute the rest: less memory, a quarter more time."""
     log_every: int = 20
     """Steps between two lines of metrics."""
     checkpoint_every: int = 1000
@@ -241,6 +240,14 @@ class RunConfig:
 
 
 @dataclass
+class DistributedConfig:
+    """How the processes of a run share the work; should not change its results beyond rounding."""
+
+    shard: Literal["none", "full"] = "none"
+    """full: each rank keeps a part of student, moving average and their optimiser, and gathers block after block."""
+
+
+@dataclass
 class Config:
     """A CAPI run."""
 
@@ -250,6 +257,7 @@ class Config:
     clustering: ClusteringConfig = field(default_factory=ClusteringConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
 
 def micro_batch_size(config: Config, world_size: int = 1) -> int:

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
+from capi.config import Config
+
 
 @dataclass(frozen=True)
 class World:
@@ -24,6 +26,11 @@ class World:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+
+def is_sharded(config: Config, world: World) -> bool:
+    """Whether each rank keeps a part of the weights; a process alone keeps the whole."""
+    return config.distributed.shard == "full" and world.size > 1
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from capi.config import Config
-from capi.distributed import World
+from capi.distributed import World, is_sharded
 
 DTYPE = torch.float8_e4m3fn
 LARGEST = 256.0  # The largest power of two that there is.
@@ -50,6 +50,8 @@ def fp8_linear(x: Float[Tensor, "tokens width"], weight: Quantized) -> Float[Ten
 
 def fp8_obstacle(config: Config, world: World) -> str | None:
     """Why the teacher cannot compute in 8 bits; None where it can."""
+    if is_sharded(config, world):
+        return "distributed.shard is full, which gathers weights in the compute type"
     if config.model.embed_dim % 16:
         return f"model.embed_dim {config.model.embed_dim} is no multiple of 16"
     if world.device.type == "cuda" and (found := torch.cuda.get_device_capability(world.device)) < SINCE:

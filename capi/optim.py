@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from capi.config import OptimConfig, ScheduleConfig
 from capi.model import CAPI
+from capi.sharding import local
 
 
 def schedule_value(schedule: ScheduleConfig, step: int, steps: int) -> float:
@@ -82,9 +83,12 @@ def allocate_states(optimizer: torch.optim.Optimizer) -> None:
 
 @torch.no_grad()
 def all_finite(tensors: Iterable[Tensor]) -> Bool[Tensor, ""]:
-    """Whether every value is, on the device: one pass over the tensors, which must be of one device. Integers are."""
+    """Whether every value is, on the device: one pass over the tensors, which must be of one device. Integers are.
+
+    Of sharded tensors, those of this rank.
+    """
     of_type: dict[torch.dtype, list[Tensor]] = {}
-    for x in tensors:
+    for x in map(local, tensors):
         if x.numel() and x.is_floating_point():
             of_type.setdefault(x.dtype, []).append(x)
     # Of the largest value: squares of values above 1e19 would overflow.
@@ -101,5 +105,6 @@ def trained_pairs(model: CAPI) -> list[tuple[nn.Parameter, nn.Parameter]]:
 @torch.no_grad()
 def update_ema(model: CAPI, momentum: float) -> None:
     """Moves the moving average towards the student: ema <- momentum * ema + (1 - momentum) * student."""
-    ema, student = (list(side) for side in zip(*trained_pairs(model), strict=True))
+    # Both sharded in the same way, if they are: each rank moves its own rows.
+    ema, student = (list(map(local, side)) for side in zip(*trained_pairs(model), strict=True))
     torch._foreach_lerp_(ema, student, 1 - momentum)

@@ -11,6 +11,7 @@ from capi.distributed import World, average
 from capi.evaluate.on_the_way import Evaluator
 from capi.metrics import AssignmentStatistics, MetricsWriter, entropy_floor, peak_flops, training_flop_per_image
 from capi.profiling import HostTime
+from capi.sharding import whole_average
 from capi.step import StepResult, Trainer
 from capi.step_graph import graphs_obstacle
 from capi.stopping import StopRequest
@@ -95,12 +96,23 @@ def log_step(
 
 
 def log_evaluation(
-    trainer: Trainer, evaluator: Evaluator, step: int, rates: Rates, writer: MetricsWriter, stop: StopRequest
+    trainer: Trainer,
+    evaluator: Evaluator | None,
+    step: int,
+    rates: Rates,
+    writer: MetricsWriter | None,
+    stop: StopRequest,
 ) -> None:
-    """Writes one line of scores of the moving average; on rank 0. The rates leave out the time that it takes."""
+    """Writes one line of scores of the moving average. The rates leave out the time that it takes.
+
+    Called by all ranks, of which rank 0 alone has an evaluator and a writer.
+    """
     began = time.perf_counter()
     with trainer.host.phase("evaluation"):
-        scores = evaluator.evaluate(trainer.model.student_ema.eval().backbone, stop)
+        model = whole_average(trainer.model, trainer.world)
+        if model is None:
+            return
+        scores = evaluator.evaluate(model.student_ema.to(trainer.world.device).eval().backbone, stop)
     rates.leave_out(time.perf_counter() - began)
     if scores:
         writer.write(step, scores)
@@ -125,6 +137,11 @@ def announce(config: Config, trainer: Trainer, start: int) -> None:
     obstacle = graphs_obstacle(config, trainer.world)
     if trainer.world.device.type == "cuda" and config.run.cuda_graphs == "auto" and obstacle is not None:
         logger.info("the host launches every step anew, without a CUDA graph: %s", obstacle)
+    if trainer.sharded:
+        update = ", not by the kernel that copies them as well" if trainer.world.device.type == "cuda" else ""
+        logger.info("each process keeps a part of the weights (distributed.shard), updated by PyTorch%s", update)
+    elif config.distributed.shard == "full":
+        logger.info("nothing is sharded (distributed.shard): there is one process")
     if 0 < start < config.optim.steps:
         logger.info("resuming after step %d", start)
     if start >= config.optim.steps:

@@ -32,8 +32,11 @@ class Results:
         self._trainer, self._run_dir = trainer, run_dir
         self._images: Future | None = None
 
-    def write(self, *, at_the_end: bool = False) -> list[Path]:
+    def write(self, model: CAPI, *, at_the_end: bool = False) -> list[Path]:
         """Writes the encoder and, with `run.evaluate`, the pictures; those may fail, with a line in the log.
+
+        Args:
+            model: the trainer's, as `whole_average` gives it.
 
         Returns:
             The files written.
@@ -43,8 +46,8 @@ class Results:
         """
         config, encoder = self._trainer.config, self._run_dir / "encoder.safetensors"
         heads = self._run_dir / "heads.safetensors"
-        save_encoder(encoder, self._trainer.model.student_ema, config.model)
-        save_heads(heads, self._trainer.model)
+        save_encoder(encoder, model.student_ema, config.model)
+        save_heads(heads, model)
         if not config.run.evaluate:
             return [encoder, heads]
         patience = _PATIENCE_AT_THE_END if at_the_end else _PATIENCE
@@ -52,12 +55,12 @@ class Results:
             encoder,
             heads,
             *self._draw("curves.png", lambda png: plot_curves([self._run_dir], png)),
-            *self._draw("features.png", lambda png: self._plot_features(png, patience)),
+            *self._draw("features.png", lambda png: self._plot_features(model, png, patience)),
         ]
 
-    def compare(self) -> None:
+    def compare(self, model: CAPI) -> None:
         """Prints how the encoder compares with the untrained one and with pixels; `evaluation.yaml` keeps it."""
-        config, ema = self._trainer.config, self._trainer.model.student_ema.eval()
+        config, ema = self._trainer.config, model.student_ema.to(self._trainer.world.device).eval()
         if config.data.source != "synthetic":
             logger.info("no k-NN table: labels are known for the synthetic scenes only")
             return
@@ -76,14 +79,14 @@ class Results:
             return []
         return [self._run_dir / name]
 
-    def _plot_features(self, png: Path, patience: float) -> None:
+    def _plot_features(self, model: CAPI, png: Path, patience: float) -> None:
         if self._images is None:
             self._images = _in_background(lambda: evaluation_images(self._trainer.config, _N_PICTURES))
         try:
             images = self._images.result(timeout=patience)
         except TimeoutError as error:
             raise TimeoutError(f"the source gave no images within {patience:.0f} s") from error
-        backbone = self._trainer.model.student_ema.eval().backbone
+        backbone = model.student_ema.to(self._trainer.world.device).eval().backbone
         compile_ = self._trainer.config.run.compile
         compiled = compile_ == "on" or (compile_ == "auto" and self._trainer.world.device.type == "cuda")
         patch_size = self._trainer.config.model.patch_size

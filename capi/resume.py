@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 Changes = dict[str, tuple[object, object]]
 
-# What a run's results depend on by more than rounding is compared when it goes on: every group but `run`, and of that:
+# What a run's results depend on by more than rounding is compared when it goes on: every group but `distributed` and
+# `run`, and of this:
 _COMPARED_OF_RUN = ("run.seed", "run.precision", "run.teacher_precision")
 _FREE = ("data.num_workers", "data.read_timeout")
 # Neither worth a word when they change.
@@ -144,7 +145,7 @@ def _fields(config: dict, prefix: str = "") -> dict[str, object]:
 
 
 def _is_compared(name: str) -> bool:
-    return name in _COMPARED_OF_RUN if name.startswith("run.") else name not in _FREE
+    return name in _COMPARED_OF_RUN if name.startswith(("run.", "distributed.")) else name not in _FREE
 
 
 def _changes(saved: dict, current: dict) -> Changes:

@@ -11,6 +11,7 @@ from capi.checkpoint import newest_checkpoint, save_checkpoint, step_of
 from capi.distributed import any_rank, gather
 from capi.results import Results
 from capi.resume import Start, described
+from capi.sharding import whole_average
 from capi.step import Trainer
 from capi.stopping import Stopped, StopRequest
 
@@ -39,9 +40,11 @@ class Checkpoints:
         streams = gather(self._stream(step))
         with self.trainer.updating:  # Whoever ends the process waits for the file.
             written = self._write(step, streams)
-        if written and step < self.trainer.config.optim.steps:
+        if not any_rank(written) or step == self.trainer.config.optim.steps:
+            return
+        if (model := whole_average(self.trainer.model, self.trainer.world)) is not None:
             try:
-                self.results.write()
+                self.results.write(model)
             except OSError as error:
                 logger.error("%s", error)
 
@@ -51,6 +54,9 @@ class Checkpoints:
         Where the others' streams stood is not known: they take this rank's place for theirs, if they can.
         """
         if not self.trainer.world.is_main:
+            return
+        if self.trainer.sharded:
+            logger.warning("no rank can save alone what distributed.shard has parted among all")
             return
         with self.trainer.updating:
             step = self.trainer.steps_done

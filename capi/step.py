@@ -18,12 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from capi.casting import WeightCopies, cast_weights
 from capi.config import Config
-from capi.distributed import GradientAverage, World, average, mean_over_ranks
+from capi.distributed import GradientAverage, World, average, is_sharded, mean_over_ranks
 from capi.drop_path import draw, received, send
 from capi.model import CAPI
 from capi.optim import all_finite, build_optimizers, schedule_value, set_learning_rates, update_ema
 from capi.profiling import HostTime
 from capi.seeding import Purpose, generator
+from capi.sharding import local, shard
 from capi.step_graph import Losses, MicroBatch, StepGraph, StepInputs, graphs_obstacle
 from capi_kernels import student_loss_with_statistics
 
@@ -53,15 +54,19 @@ class Trainer:
         self.config = config
         self.world = world
         torch.manual_seed(config.run.seed)
-        self.model = CAPI(config.model, config.clustering).init_weights().to(world.device)
-        self.optimizers = build_optimizers(self.model, config.optim)
         self.compute_dtype = _compute_dtype(config.run.precision, world.device)
+        self.model = CAPI(config.model, config.clustering).init_weights()
+        self.sharded = is_sharded(config, world)
+        if self.sharded:
+            shard(self.model, self.compute_dtype, world)
+        self.model.to(world.device)
+        self.optimizers = build_optimizers(self.model, config.optim)
         if config.clustering.queue_size > 0:
             n_positions = (config.data.image_size // config.model.patch_size) ** 2
             self.model.teacher["head"].add_queue(n_positions, self.compute_dtype)
         self.copies: WeightCopies | None = None
         self.fused_update: Callable[[float, Tensor], None] | None = None
-        if world.device.type == "cuda":
+        if world.device.type == "cuda" and not self.sharded:
             self.fuse_updates()
         self.bad_steps = torch.zeros((), dtype=torch.int64, device=world.device)
         self.steps_done: int | None = 0
@@ -81,7 +86,7 @@ class Trainer:
             self.model.student_ema.compile_pointwise()
         self.uses_graphs = config.run.cuda_graphs != "off" and graphs_obstacle(config, world) is None
         self.student: nn.Module = self.model.student
-        if world.size > 1:
+        if world.size > 1 and not self.sharded:
             self.student = DistributedDataParallel(self.student, gradient_as_bucket_view=True)
 
     def step(
@@ -163,7 +168,8 @@ class Trainer:
         """
         config, head = self.config, self.model.teacher["head"]
         student_optimizer, clustering_optimizer = self.optimizers
-        student_optimizer.zero_grad(set_to_none=self.world.size == 1)  # else they stay parts of DDP's buckets
+        # Those of DDP stay parts of its buckets.
+        student_optimizer.zero_grad(set_to_none=self.world.size == 1 or self.sharded)
         clustering_optimizer.zero_grad()
         if self.copies is not None:
             # The update reads them as they come; sums, over micro-batches or ranks, are of float32.
@@ -171,14 +177,14 @@ class Trainer:
             self.copies.set_gradient_dtype(self.compute_dtype if alone else torch.float32)
 
         fp8 = config.run.teacher_precision == "fp8"
-        with cast_weights(self.teacher_modules(), self.compute_dtype, self.copies, fp8=fp8):
+        with self._casts(self.teacher_modules(), fp8=fp8):
             features = self._teacher_features([images for images, _ in inputs.batches])
         clustering_loss, potentials = head(features)
         clustering_loss.backward()
         clustering_gradients = GradientAverage(head.parameters())
 
         losses, entropies, clusters, first_image = [], [], [], 0
-        with cast_weights(self.model.student, self.compute_dtype, self.copies):
+        with self._casts(self.model.student):
             for i, ((images, masks), drop_path) in enumerate(zip(inputs.batches, inputs.drop_path, strict=True)):
                 with torch.no_grad():
                     here = features[first_image : first_image + len(images)]
@@ -215,7 +221,9 @@ class Trainer:
 
     def not_finite(self) -> str | None:
         """Which tensor of the state has values that are not finite, the first of them; waits for the device."""
-        tensors = dict(_named_tensors(self.state_dict()))
+        # Of what is sharded a rank looks at its own rows, which may be none.
+        parts = ((name, local(tensor)) for name, tensor in _named_tensors(self.state_dict()))
+        tensors = {name: part for name, part in parts if part.numel()}
         if all_finite(tensors.values()):
             return None
         return next(name for name, tensor in tensors.items() if not all_finite([tensor]))
@@ -276,8 +284,15 @@ class Trainer:
             logger.info("the step is a CUDA graph from now on (run.cuda_graphs)")
         return self._graph
 
+    def _casts(self, module: nn.Module, *, fp8: bool = False) -> AbstractContextManager:
+        """Inside, the module computes in `compute_dtype`: sharded weights are gathered in it, and need no copies."""
+        return nullcontext() if self.sharded else cast_weights(module, self.compute_dtype, self.copies, fp8=fp8)
+
     def _gradients_are_averaged(self, last: bool) -> AbstractContextManager:
         """Over the ranks, once a step: in the backward of the last micro-batch."""
+        if self.sharded:  # Until then each rank adds up its own gradients of all weights.
+            self.student.set_requires_gradient_sync(last)
+            return nullcontext()
         return nullcontext() if last or self.world.size == 1 else self.student.no_sync()
 
 

@@ -19,11 +19,13 @@ from capi.evaluate.on_the_way import Evaluator
 from capi.fp8 import fp8_obstacle
 from capi.masking import check_masking
 from capi.metrics import AssignmentStatistics, MetricsWriter
+from capi.model import CAPI
 from capi.profiling import WARM_UP_STEPS, StepProfiler
 from capi.progress import Rates, announce, log_evaluation, log_step
 from capi.results import Results
 from capi.resume import Start, begin, run_folder, together
 from capi.saving import Checkpoints, Diverged, check_finite, goes_on_from
+from capi.sharding import whole_average
 from capi.step import Trainer
 from capi.step_graph import graphs_obstacle
 from capi.stopping import Stopped, StopRequest
@@ -56,7 +58,8 @@ def train(config: Config, world: World, stop: StopRequest) -> int:
                 signum = _run_steps(trainer, start, run_dir, results, stop, evaluator)
             if signum is not None:
                 return 128 + signum
-        return together(lambda: _finish(config, results, run_dir) if world.is_main else 0)
+        model = whole_average(trainer.model, world)
+        return together(lambda: _finish(config, results, model, run_dir) if model is not None else 0)
 
 
 def _check(config: Config, world: World) -> None:
@@ -124,7 +127,7 @@ def _run_steps(
                 bar.update()
                 if done % config.run.checkpoint_every == 0 or last:
                     checkpoints.save(done)
-                if evaluator is not None and (done % config.run.evaluate_every == 0 or last):
+                if config.run.evaluate_every and (done % config.run.evaluate_every == 0 or last):
                     log_evaluation(trainer, evaluator, step, rates, writer, stop)
             if any_rank(stop.signum is not None):
                 return stop.signum or signal.SIGTERM
@@ -135,11 +138,11 @@ def _run_steps(
     return None
 
 
-def _finish(config: Config, results: Results, run_dir: Path) -> int:
+def _finish(config: Config, results: Results, model: CAPI, run_dir: Path) -> int:
     """Writes the results, and returns the exit status: 1 where the last checkpoint could not be written."""
-    logger.info("wrote %s", ", ".join(map(str, results.write(at_the_end=True))))
+    logger.info("wrote %s", ", ".join(map(str, results.write(model, at_the_end=True))))
     if config.run.evaluate:
-        results.compare()
+        results.compare(model)
     newest = newest_checkpoint(run_dir)
     return int(newest is None or step_of(newest) < config.optim.steps)
 
