@@ -31,7 +31,9 @@ def plot(timelines: Mapping[str, Sequence[Task]], path: Path, title: str) -> Non
     columns = 3
     rows = -(-len(timelines) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(15, 1.6 * rows + 1.2), constrained_layout=True, squeeze=False)
-    for axis, (name, tasks) in zip(axes.flat, timelines.items(), strict=True):
+    for axis in axes.flat[len(timelines) :]:
+        axis.set_axis_off()
+    for axis, (name, tasks) in zip(axes.flat, timelines.items(), strict=False):
         times = run(tasks)
         for colour in dict.fromkeys(COLOURS.values()):
             for stream, height in (("compute", 1.0), ("network", 0.0)):
