@@ -30,7 +30,7 @@ PER_FOLDER = 1000
 
 
 def names(count: int) -> Iterator[bytes]:
-    """As of the largest ImageNet: 31 bytes each."""
+    """As of the largest ImageNet: 32 bytes each."""
     for i in range(count):
         yield b"n%08d/n%08d_%07d.JPEG" % (i // PER_FOLDER, i // PER_FOLDER, i)
 
