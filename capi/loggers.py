@@ -164,7 +164,8 @@ def _mlflow(run_dir: Path, config: Mapping, provenance: Mapping) -> Iterator[Wri
     except mlflow.MlflowException as error:
         if kept is None or error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        logger.warning("mlflow: no run %s is known at %s; it starts anew", kept, mlflow.get_tracking_uri())
+        place = without_secrets(mlflow.get_tracking_uri())
+        logger.warning("mlflow: no run %s is known at %s; it starts anew", kept, place)
         run = mlflow.start_run(run_name=name)
     with run:
         run_id = run.info.run_id
@@ -196,4 +197,4 @@ def _flat(values: Mapping, prefix: str = "") -> Iterator[tuple[str, object]]:
 
 
 def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+    return without_secrets(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")

@@ -50,6 +50,7 @@ def test_the_commit_is_that_of_the_checkout_it_runs_from(tmp_path, monkeypatch) 
     (tmp_path / "file").write_text("2")
     assert provenance._code()["uncommitted_changes"] is True
     # Installed within the checkout of something else.
+    (tmp_path / "site-packages").mkdir()
     monkeypatch.setattr(provenance, "_ROOT", tmp_path / "site-packages")
     assert provenance._code()["commit"] is None
 
