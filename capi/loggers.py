@@ -35,6 +35,7 @@ _ENVIRONMENT = {
     "WANDB_CONSOLE": "off",
     "WANDB_QUIET": "true",
     "WANDB_LOGIN_TIMEOUT": "60",
+    "WANDB_INIT_TIMEOUT": "30",  # At its end, too, a process waits so long for a run that has not begun.
     "WANDB_FINISH_TIMEOUT": f"{SECONDS_TO_END:.0f}",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
