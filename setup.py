@@ -50,10 +50,13 @@ setup(
         "data": ["braceexpand", "datasets", "fsspec[http]"],
         "bench": ["beartype", "pytest", "pytest-benchmark", "torchvision", "xformers"],
         "hub": ["huggingface_hub"],
+        "mlflow": ["mlflow-skinny"],
         "onnx": ["onnx", "onnxscript"],
+        "wandb": ["wandb"],
         "dev": [
             "beartype",
             "huggingface_hub",
+            "mlflow-skinny",
             "onnx",
             "onnxruntime",
             "onnxscript",
@@ -61,6 +64,7 @@ setup(
             "pytest-benchmark",
             "pytest-xdist",
             "ruff",
+            "wandb",
             # Its interpreter runs the kernels in the tests of a machine without a GPU; it is not on every platform.
             'triton; platform_system == "Linux"',
         ],

@@ -217,6 +217,9 @@ class RunConfig:
     """Keep the inputs of the student's blocks alone and recompute the rest: less memory, a quarter more time."""
     log_every: int = 20
     """Steps between two lines of metrics."""
+    loggers: list[Literal["wandb", "mlflow"]] = field(default_factory=list)
+    """Where else these lines go: wandb (its own WANDB_PROJECT, WANDB_MODE ...) and mlflow (MLFLOW_TRACKING_URI,
+    MLFLOW_EXPERIMENT_NAME ...), of extras of these names."""
     checkpoint_every: int = 1000
     """Steps between two checkpoints."""
     keep_checkpoints: int = 3

@@ -6,8 +6,10 @@ import math
 import os
 import re
 import socket
+import sys
 import time
 from collections import deque
+from collections.abc import Sequence
 from io import BytesIO
 from itertools import count
 from pathlib import Path
@@ -22,6 +24,7 @@ from torch import Tensor
 from capi.checkpoint import write_atomically
 from capi.config import Config
 from capi.distributed import gather_columns, world_size
+from capi.loggers import Logger
 
 logger = logging.getLogger(__name__)
 
@@ -136,13 +139,14 @@ class AssignmentStatistics:
 
 
 class MetricsWriter:
-    """Writes `metrics.jsonl` (one object a line) and TensorBoard events into a run folder.
+    """Writes `metrics.jsonl` (one object a line) and TensorBoard events into a run folder, and to `loggers` the same.
 
     A run that resumes at `resume_step` first drops the lines of that step and later, and a torn last line. What cannot
     be written later on, of a full disk, is lost with a line in the log, and leaves nothing torn behind.
     """
 
-    def __init__(self, run_dir: str | Path, resume_step: int = 0) -> None:
+    def __init__(self, run_dir: str | Path, resume_step: int = 0, loggers: Sequence[Logger] = ()) -> None:
+        self._loggers = loggers
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / "metrics.jsonl"
@@ -163,6 +167,8 @@ class MetricsWriter:
         scalars = [Summary.Value(tag=key, simple_value=value) for key, value in values.items()]
         self._lines.append(line.encode())
         self._add_events([Event(step=step, summary=Summary(value=scalars))])
+        for other in self._loggers:
+            other.log(step, values)
 
     def _add_events(self, events: list[Event]) -> None:
         records = BytesIO()
@@ -172,9 +178,11 @@ class MetricsWriter:
         self._events.append(records.getvalue())
 
     def close(self) -> None:
-        """Closes both files."""
+        """Closes both files, and the loggers: as those of a failed run where an exception is on its way."""
         self._lines.close()
         self._events.close()
+        for other in self._loggers:
+            other.close(failed=sys.exc_info()[0] is not None)
 
 
 _event_files = count()

@@ -17,11 +17,13 @@ from capi.data.prefetch import DevicePrefetcher
 from capi.distributed import World, any_rank, join_world
 from capi.evaluate.on_the_way import Evaluator
 from capi.fp8 import fp8_obstacle
+from capi.loggers import import_loggers, start_loggers
 from capi.masking import check_masking
 from capi.metrics import AssignmentStatistics, MetricsWriter
 from capi.model import CAPI
 from capi.profiling import WARM_UP_STEPS, StepProfiler
 from capi.progress import Rates, announce, log_evaluation, log_step
+from capi.provenance import record_start
 from capi.results import Results
 from capi.resume import Start, begin, run_folder, together
 from capi.saving import Checkpoints, Diverged, check_finite, goes_on_from
@@ -66,6 +68,7 @@ def _check(config: Config, world: World) -> None:
     check_config(config, world.size)
     side = config.data.image_size // config.model.patch_size
     check_masking(config.masking, (side, side))
+    import_loggers(config.run.loggers if world.is_main else [])
     needed = WARM_UP_STEPS + 2 * config.run.profile
     if config.run.profile and config.optim.steps < needed:
         raise ValueError(f"run.profile {config.run.profile} takes {needed} steps, got optim.steps {config.optim.steps}")
@@ -83,7 +86,8 @@ def _run_steps(
     config, world, start = trainer.config, trainer.world, begun.step
     n_tokens = (config.data.image_size // config.model.patch_size) ** 2
     statistics = AssignmentStatistics(n_tokens, config.clustering.n_prototypes)
-    writer = MetricsWriter(run_dir, start) if world.is_main else None
+    entry = record_start(run_dir, world, start)
+    writer = MetricsWriter(run_dir, start, start_loggers(config, run_dir, entry)) if world.is_main else None
     checkpoints = Checkpoints(trainer, begun, run_dir, results)
     bar = tqdm(
         total=config.optim.steps,
