@@ -1,0 +1,203 @@
+"""However ranks, loader processes and micro-batches change on the way, each epoch shows every readable image once."""
+
+import json
+import logging
+import random
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain, count
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from images import encoded
+from PIL import Image
+
+from capi.config import Config
+from capi.data import ImageStream, stream
+from capi.data.retry import attempt
+from capi.data.shards import TarShards
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # More processes than cores, on purpose.
+
+SIZE = 8
+IMAGE = encoded(Image.new("RGB", (SIZE, SIZE)))
+Key = tuple[int, int, int]
+
+
+class Layout(NamedTuple):
+    """How a run is spread out; `micro` is the number of micro-batches that a rank makes of its share of a step."""
+
+    ranks: int
+    workers: int
+    micro: int = 1
+    images: int = 2
+    """Of a micro-batch."""
+    buffer: int = 8
+    seed: int = 0
+
+    @property
+    def config(self) -> Config:
+        config = Config()
+        config.model.patch_size, config.masking.prediction_subsampling = 4, 0.5
+        config.optim.batch_size = self.ranks * self.micro * self.images
+        config.run.device, config.run.micro_batch_size, config.run.seed = "cpu", self.images, self.seed
+        config.data.source, config.data.image_size, config.data.num_workers = "wds:shards", SIZE, self.workers
+        config.data.shuffle_buffer = self.buffer
+        return config
+
+
+class Shards(TarShards):
+    """Shards of so many images, in memory; of a negative number, ~n: n images, and then a break."""
+
+    def __init__(self, sizes: list[int], unreadable: set[tuple[int, int]] = frozenset()) -> None:
+        self.source, self.sizes, self.unreadable = "wds:shards", sizes, unreadable
+        self.fingerprint = f"{sizes}"
+
+    @property
+    def n_shards(self) -> int:
+        return len(self.sizes)
+
+    def shard_name(self, index: int) -> str:
+        return f"shard {index}"
+
+    def shard(self, index: int) -> Iterator[tuple[str, Callable[[], bytes]]]:
+        size = self.sizes[index]
+        for position in range(size if size >= 0 else ~size):
+            yield f"{index}:{position}", partial(self.read, index, position)
+        if size < 0:
+            raise OSError("broken")
+
+    def read(self, index: int, position: int) -> bytes:
+        if (index, position) in self.unreadable:
+            raise ValueError("no image")
+        return IMAGE
+
+    @property
+    def readable(self) -> set[tuple[int, int]]:
+        sizes = [size if size >= 0 else ~size for size in self.sizes]
+        return {(shard, i) for shard, size in enumerate(sizes) for i in range(size)} - self.unreadable
+
+
+def loaded_here(dataset, *, num_workers: int, prefetch_factor: int, **_) -> Iterator:
+    """As loader processes make them, each some items ahead, in this process."""
+    workers = [SimpleNamespace(id=worker, num_workers=num_workers) for worker in range(num_workers)] or [None]
+    makers, made = [iter(dataset) for _ in workers], [deque() for _ in workers]
+    for turn in count():
+        for worker, maker, items in zip(workers, makers, made, strict=True):
+            stream.get_worker_info = lambda worker=worker: worker
+            while len(items) < prefetch_factor:
+                items.append(next(maker))
+        yield made[turn % len(made)].popleft()
+
+
+class AtOnce:
+    def __init__(self, *_) -> None:
+        pass
+
+    def __call__(self, _: str, read: Callable, *args) -> object:
+        return attempt(read, *args)
+
+    def close(self) -> None:
+        pass
+
+
+def key_as_pixels(_, key: Key, name: str, data: bytes | Exception) -> np.ndarray | None:
+    return None if isinstance(data, Exception) else np.full((SIZE, SIZE, 3), key, dtype=np.uint8)
+
+
+@pytest.fixture
+def shown_keys(monkeypatch) -> None:
+    """Images show the key of their sample."""
+    monkeypatch.setattr("capi.data.stream._Batches._pixels", key_as_pixels)
+
+
+@pytest.fixture
+def in_process(monkeypatch, shown_keys) -> None:
+    monkeypatch.setattr(stream, "loaded", loaded_here)
+    monkeypatch.setattr(stream, "get_worker_info", lambda: None)
+    monkeypatch.setattr(stream, "Reads", AtOnce)
+    monkeypatch.setattr(stream, "share", lambda _: None)
+
+
+def go_on(
+    monkeypatch, source: Shards, layout: Layout, states: list[dict] | None, steps: Callable[[int, int], bool]
+) -> tuple[list[list[Key]], list[dict]]:
+    """The keys of each step's images, while `steps(number of the step here, least epoch of all processes)`."""
+    monkeypatch.setattr(stream, "open_source", lambda _: source)
+    streams = [ImageStream(layout.config, rank=r, world_size=layout.ranks, states=states) for r in range(layout.ranks)]
+    batches, shown, states = list(map(iter, streams)), [], [s.state_dict() for s in streams]
+    while steps(len(shown), min(cursor[0] for state in states for cursor in state["cursors"])):
+        step = [next(of_rank) for of_rank in batches for _ in range(layout.micro)]
+        shown.append([tuple(image[:, 0, 0].tolist()) for batch in step for image in batch.images])
+        states = [s.state_dict() for s in streams]
+    if layout.micro > 1:
+        next(batches[0])  # Of a step that the run does not live to end.
+        assert streams[0].state_dict() == states[0]
+    for of_rank in batches:
+        of_rank.close()
+    return shown, json.loads(json.dumps(states))
+
+
+def assert_each_once(shown: list[Key], source: Shards, n_epochs: int) -> None:
+    """So often in every epoch that is over, and no more than that in the others."""
+    assert max(Counter(shown).values()) == 1
+    for epoch in range(n_epochs):
+        assert {key[1:] for key in shown if key[0] == epoch} == source.readable, epoch
+    assert {key[1:] for key in shown} <= source.readable
+
+
+SOURCES = {
+    "uneven": Shards([9, 1, 4, 17, 3, 6, 2, 11, 5, 8]),
+    "fewer than readers": Shards([23, 14]),
+    "one": Shards([40]),
+    "empty and broken": Shards([7, 0, ~6, 12, ~0, 5, 0, 9], {(0, 0), (3, 5), (3, 6), (5, 4), (2, 5)}),
+    "all sizes one": Shards([1] * 30, {(4, 0)}),
+}
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("draw", range(12))
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_epoch_shows_each_image_once_whatever_changes(name: str, draw: int, monkeypatch, caplog) -> None:
+    rng, source = random.Random(f"{name} {draw}"), SOURCES[name]
+    caplog.set_level(logging.ERROR)
+    shown, states, n_images = [], None, 0
+    for _ in range(rng.randint(1, 3)):
+        layout = Layout(
+            ranks=rng.randint(1, 4),
+            workers=rng.randint(0, 3),
+            micro=rng.randint(1, 3),
+            images=rng.randint(1, 3),
+            buffer=rng.choice([1, 6, 20, 100]),
+            seed=rng.randint(0, 1),
+        )
+        # Two stops or so an epoch.
+        n_steps = rng.randint(1, 2 + len(source.readable) // (2 * layout.config.optim.batch_size))
+        part, states = go_on(monkeypatch, source, layout, states, lambda step, _, n=n_steps: step < n)
+        shown += chain.from_iterable(part)
+        n_images += n_steps * layout.config.optim.batch_size
+        assert {state["samples"] for state in states} == {n_images}
+    last = 1 + max(cursor[0] for state in states for cursor in state["cursors"])
+    layout = Layout(ranks=rng.randint(1, 4), workers=rng.randint(0, 3))
+    part, _ = go_on(monkeypatch, source, layout, states, lambda _, epoch: epoch <= last)
+    assert_each_once([*shown, *chain.from_iterable(part)], source, last + 1)
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("name", SOURCES)
+def test_equal_readers_go_on_bit_for_bit(name: str, monkeypatch) -> None:
+    """At the start of a run, and in an epoch that other readers began."""
+    source, before = SOURCES[name], None
+    for layout in (Layout(2, 2, 3, 1), Layout(3, 1, 2, 1, buffer=5)):
+        whole, after = go_on(monkeypatch, source, layout, before, lambda step, _: step < 6)
+        pieces, states = [], before
+        for n_steps in (1, 3, 2):
+            part, states = go_on(monkeypatch, source, layout, states, lambda step, _, n=n_steps: step < n)
+            pieces += part
+        assert pieces == whole
+        assert states == after
+        before = after
+    assert any(state["taken"] for state in states)
