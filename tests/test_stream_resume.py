@@ -17,8 +17,12 @@ from PIL import Image
 
 from capi.config import Config
 from capi.data import ImageStream, stream
+from capi.data.permutation import Permutation
 from capi.data.retry import attempt
 from capi.data.shards import TarShards
+from capi.data.sources import IndexedSource, ShardedSource, SyntheticImages
+from capi.data.taken import Cursor, Progress
+from capi.seeding import Purpose, generator
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # More processes than cores, on purpose.
 
@@ -105,7 +109,7 @@ class AtOnce:
 
 
 def key_as_pixels(_, key: Key, name: str, data: bytes | Exception) -> np.ndarray | None:
-    return None if isinstance(data, Exception) else np.full((SIZE, SIZE, 3), key, dtype=np.uint8)
+    return None if isinstance(data, Exception) else np.full((SIZE, SIZE, 3), (*key, 0)[:3], dtype=np.uint8)
 
 
 @pytest.fixture
@@ -123,13 +127,17 @@ def in_process(monkeypatch, shown_keys) -> None:
 
 
 def go_on(
-    monkeypatch, source: Shards, layout: Layout, states: list[dict] | None, steps: Callable[[int, int], bool]
+    monkeypatch,
+    source: IndexedSource | ShardedSource,
+    layout: Layout,
+    states: list[dict] | None,
+    steps: Callable[[int, int], bool],
 ) -> tuple[list[list[Key]], list[dict]]:
     """The keys of each step's images, while `steps(number of the step here, least epoch of all processes)`."""
     monkeypatch.setattr(stream, "open_source", lambda _: source)
     streams = [ImageStream(layout.config, rank=r, world_size=layout.ranks, states=states) for r in range(layout.ranks)]
     batches, shown, states = list(map(iter, streams)), [], [s.state_dict() for s in streams]
-    while steps(len(shown), min(cursor[0] for state in states for cursor in state["cursors"])):
+    while steps(len(shown), min((cursor[0] for state in states for cursor in state["cursors"]), default=0)):
         step = [next(of_rank) for of_rank in batches for _ in range(layout.micro)]
         shown.append([tuple(image[:, 0, 0].tolist()) for batch in step for image in batch.images])
         states = [s.state_dict() for s in streams]
@@ -187,6 +195,23 @@ def test_every_epoch_shows_each_image_once_whatever_changes(name: str, draw: int
 
 
 @pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("changing", [False, True])
+@pytest.mark.parametrize("draw", range(6))
+def test_shards_that_break_and_mend_between_show_no_image_twice(draw: int, changing: bool, monkeypatch, caplog) -> None:
+    rng, shown, states = random.Random(draw), [], None
+    caplog.set_level(logging.ERROR)
+    layout = Layout(2, 2, 2, 1)
+    for _ in range(8):
+        source = Shards([~rng.randrange(n) if rng.random() < 0.4 else n for n in SOURCES["uneven"].sizes])
+        source.fingerprint = "the same"
+        if changing:
+            layout = Layout(rng.randint(1, 3), rng.randint(0, 3), 2, 1, buffer=rng.choice([4, 12]))
+        part, states = go_on(monkeypatch, source, layout, states, lambda step, _: step < 4)
+        shown += chain.from_iterable(part)
+    assert max(Counter(shown).values()) == 1
+
+
+@pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("name", SOURCES)
 def test_equal_readers_go_on_bit_for_bit(name: str, monkeypatch) -> None:
     """At the start of a run, and in an epoch that other readers began."""
@@ -201,3 +226,82 @@ def test_equal_readers_go_on_bit_for_bit(name: str, monkeypatch) -> None:
         assert states == after
         before = after
     assert any(state["taken"] for state in states)
+
+
+@pytest.mark.usefixtures("shown_keys")
+def test_loader_processes_share_what_others_left(monkeypatch) -> None:
+    source, shown, states = SOURCES["uneven"], [], None
+    for layout in (Layout(2, 2), Layout(1, 3, 2), Layout(3, 1)):
+        part, states = go_on(monkeypatch, source, layout, states, lambda step, _: step < 3)
+        shown += chain.from_iterable(part)
+    part, _ = go_on(monkeypatch, source, Layout(1, 2, 1, 4), states, lambda _, epoch: epoch < 1)
+    assert_each_once([*shown, *chain.from_iterable(part)], source, 1)
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("draw", range(6))
+@pytest.mark.parametrize("n_images", [5, 37, 64])
+def test_folders_and_scenes_keep_their_order_whatever_changes(n_images: int, draw: int, monkeypatch) -> None:
+    """Batches divide the number of images or do not; their size may change."""
+    rng, source = random.Random(draw), SyntheticImages(n_images, SIZE, 0)
+    shown, states = [], None
+    for _ in range(4):
+        layout = Layout(rng.randint(1, 4), rng.randint(0, 3), rng.randint(1, 3), rng.randint(1, 4))
+        n_steps = rng.randint(1, 4)
+        part, states = go_on(monkeypatch, source, layout, states, lambda step, _, n=n_steps: step < n)
+        shown += chain.from_iterable(part)
+    orders = [Permutation(generator(Purpose.ORDER, 0, epoch), n_images) for epoch in range(1 + len(shown) // n_images)]
+    assert shown == [(i // n_images, orders[i // n_images][i % n_images], 0) for i in range(len(shown))]
+
+
+@pytest.mark.usefixtures("in_process")
+def test_what_cannot_go_on_starts_its_epoch_again_with_a_warning(monkeypatch, caplog) -> None:
+    source, layout = SOURCES["uneven"], Layout(2, 2, 2, 1)
+    _, states = go_on(monkeypatch, source, layout, None, lambda _, epoch: epoch < 1)
+    whole, _ = go_on(monkeypatch, source, layout, states, lambda step, _: step < 3)
+    older = [
+        {
+            "step": state["step"],
+            "samples": state["samples"],
+            "layout": {key: value for key, value in state["layout"].items() if key != "seed"},
+            "cursors": {process: tuple(cursor[:5]) for process, cursor in enumerate(state["cursors"])},
+        }
+        for state in states
+    ]
+    assert not caplog.records
+    part, _ = go_on(monkeypatch, source, layout, older, lambda step, _: step < 3)
+    assert part == whole
+    assert not caplog.records
+    changed = Shards([*source.sizes, 3])
+    for name, saved, now, then in (
+        ("an older version", older, source, Layout(1, 2)),
+        ("a rank is missing", states[:1], source, layout),
+        ("other shards", states, changed, layout),
+    ):
+        caplog.clear()
+        part, after = go_on(monkeypatch, now, then, saved, lambda step, _: step < 1)
+        assert "so it cannot go on from there: epoch 1 restarts" in caplog.text, name
+        assert {key[0] for key in part[0]} == {1}, name
+        assert after[0]["step"] == states[0]["step"] + 1
+        assert not after[0]["taken"]
+
+
+@pytest.mark.usefixtures("in_process")
+def test_the_rest_of_an_epoch_is_no_small_source(monkeypatch, caplog) -> None:
+    source = Shards([8, 8])
+    _, states = go_on(monkeypatch, source, Layout(1, 0, images=3), None, lambda step, _: step < 5)
+    caplog.set_level(logging.INFO)
+    go_on(monkeypatch, source, Layout(1, 1, images=12, buffer=4), states, lambda step, _: step < 2)
+    assert "1 loader processes share what 1 have left of the epochs from 0 on" in caplog.text
+    assert "fewer images" not in caplog.text
+
+
+def test_the_state_of_many_readers_is_small() -> None:
+    """64 ranks of 8 loader processes with 10,000 samples to shuffle among, in shards of 1000."""
+    rng, n_readers, buffer = random.Random(0), 512, 1250
+    counts = [(1000 - (start := rng.randrange(1000)), 250 + start) for _ in range(n_readers)]
+    cursors = [Cursor(7, 0, 1, 1000 - n[0], rng.randrange(1250), n) for n in counts]
+    progress = Progress(0, n_readers, buffer, cursors, {}).shared_by(0, 256, buffer, 4096)
+    taken = json.dumps({epoch: taken.state_dict() for epoch, taken in progress.taken.items()})
+    assert len(taken) < 300_000
+    assert len(json.dumps(cursors)) < 50 * n_readers

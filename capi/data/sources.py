@@ -1,7 +1,7 @@
 """Where images come from: sources with random access, and sources of shards that are streamed."""
 
 from collections.abc import Callable, Iterator, Mapping
-from itertools import chain, groupby, islice
+from itertools import chain, groupby, islice, zip_longest
 from typing import NamedTuple
 
 from jaxtyping import UInt8
@@ -14,7 +14,7 @@ from capi.data.listing import SourceError as SourceError
 from capi.data.reading import HungError, StuckError, at_once
 from capi.data.shards import HubShards, TarShards
 from capi.data.synthetic import SyntheticScenes
-from capi.data.taken import Cursor, Taken, shuffled, units_of
+from capi.data.taken import Cursor, Taken, Unit, shuffled, units_of
 
 _SCENE_CACHE_BYTES = 2**28
 
@@ -110,9 +110,9 @@ class ShardReader:
 
     def rest_of_epoch(self) -> Iterator[Sample]:
         """The samples of the cursor's epoch from the cursor on, which moves along and ends at the next epoch."""
-        epoch, number, unit, position, taken, _ = self.cursor
-        samples = self._in_reading_order(epoch, unit, position)
-        block = list(islice(samples, self._buffer))
+        epoch, number, unit, position, taken, counts = self.cursor
+        samples = self._in_reading_order(epoch, unit, position, counts)
+        block = list(islice(samples, sum(map(abs, counts)) or self._buffer))
         while block:
             unit, position, counts = block[0].unit, block[0].position, _counts(block)
             following = []
@@ -125,25 +125,45 @@ class ShardReader:
             block, number, taken = following, number + 1, 0
         self.cursor = Cursor(epoch + 1)
 
-    def _in_reading_order(self, epoch: int, first_unit: int, first_position: int) -> Iterator[Sample]:
+    def _in_reading_order(
+        self, epoch: int, first_unit: int, first_position: int, counts: tuple[int, ...]
+    ) -> Iterator[Sample]:
+        """The samples from a position on, the first of them as many of each unit as `Cursor.counts` has."""
         taken = self._taken.get(epoch, Taken())
         units = units_of(self._seed, epoch, self._source.n_shards, self._n_readers, taken)
-        for number, unit in islice(enumerate(units[self._reader :: self._n_readers]), first_unit, None):
-            is_left, start = taken.leaves(unit), first_position if number == first_unit else 0
-            position = -1
-            try:
-                for position, (name, read) in enumerate(_members(self._source, unit.shard, self._reads)):
-                    if position >= start and is_left(position):
-                        data = self._reads(name, read)
-                        yield Sample(number, unit.shard, position, name, data)
-                        if isinstance(data, StuckError):
-                            raise data  # The shard cannot be read on beside it.
-            except HungError:
-                raise
-            except Exception as error:
-                # Whatever a broken shard makes its reader raise ends that shard alone.
-                name = _broken(self._source, unit.shard, position + 1)
-                yield Sample(number, unit.shard, position + 1, name, error, ends_shard=True)
+        share = islice(enumerate(units[self._reader :: self._n_readers]), first_unit, None)
+        for (number, unit), n in zip_longest(share, counts):
+            samples = self._of_unit(number, unit, taken, first_position if number == first_unit else 0)
+            if n is not None:
+                yield from _again(samples, n)
+            if n is None or number + 1 == first_unit + len(counts):
+                yield from samples
+
+    def _of_unit(self, number: int, unit: Unit, taken: Taken, start: int) -> Iterator[Sample]:
+        is_left, position = taken.leaves(unit), -1
+        try:
+            for position, (name, read) in enumerate(_members(self._source, unit.shard, self._reads)):
+                if position >= start and is_left(position):
+                    data = self._reads(name, read)
+                    yield Sample(number, unit.shard, position, name, data)
+                    if isinstance(data, StuckError):
+                        raise data  # The shard cannot be read on beside it.
+        except HungError:
+            raise
+        except Exception as error:
+            # Whatever a broken shard makes its reader raise ends that shard alone.
+            name = _broken(self._source, unit.shard, position + 1)
+            yield Sample(number, unit.shard, position + 1, name, error, ends_shard=True)
+
+
+def _again(samples: Iterator[Sample], n: int) -> list[Sample]:
+    """As many samples of a unit as when its block was first read, though by now it may break elsewhere or not at all.
+
+    Else the order of the block would be that of other samples.
+    """
+    again = list(islice(samples, abs(n)))
+    again += again[-1:] * (abs(n) - len(again))
+    return again if n < 0 else [sample._replace(ends_shard=False) for sample in again]
 
 
 def _counts(block: list[Sample]) -> tuple[int, ...]:

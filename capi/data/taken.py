@@ -7,7 +7,7 @@ from itertools import count, islice
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from numpy import ndarray
 
 from capi.seeding import Purpose, generator
@@ -57,14 +57,12 @@ class Taken:
             self._units[unit.shard] = {(0, 1)}
             self._flags.pop(unit.shard, None)
 
-    def add_samples(self, shard: int, positions: Sequence[int] | range) -> None:
-        if not positions:
-            return
-        flags = _unpacked(self._flags.get(shard, ""))
-        if len(flags) <= max(positions):
-            flags = np.pad(flags, (0, max(positions) + 1 - len(flags)))
-        flags[np.asarray(positions)] = True
-        self._flags[shard] = _packed(flags)
+    def add_samples(self, shard: int, positions: Int[ndarray, "samples"]) -> None:
+        if len(positions):
+            flags = _unpacked(self._flags.get(shard, ""))
+            flags = np.pad(flags, (0, max(0, positions.max() + 1 - len(flags))))
+            flags[positions] = True
+            self._flags[shard] = _packed(flags)
 
     def holds(self, unit: Unit) -> bool:
         """Whether all of a unit is known to be gone."""
@@ -149,18 +147,19 @@ class Progress(NamedTuple):
     def _add_block(self, now: Taken, before: Taken, reader: int, share: Sequence[Unit]) -> None:
         """Adds what a reader has taken of its block and, in the unit where that starts, before it."""
         cursor = self.cursors[reader]
-        n_samples = [n if n >= 0 else 1 + ~n for n in cursor.counts]
+        n_samples = list(map(abs, cursor.counts))
         order = shuffled(self.seed, cursor.epoch, reader, cursor.block, sum(n_samples))
         is_taken = np.zeros(len(order), dtype=bool)
         is_taken[order[: cursor.taken]] = True
-        now.add_samples(share[0].shard, range(share[0].part, cursor.position, share[0].n_parts))
+        now.add_samples(share[0].shard, np.arange(share[0].part, cursor.position, share[0].n_parts))
         end = 0
         for i, (unit, n) in enumerate(zip(share, cursor.counts, strict=False)):
+            start, end = end, end + n_samples[i]
             first = cursor.position if i == 0 else 0
             positions = islice(filter(before.leaves(unit), count(first)), n if n >= 0 else ~n)
-            start, end = end, end + n_samples[i]
+            positions = np.fromiter(positions, dtype=np.int64)
             # Of a unit that broke the last sample stands for what is lost, and has no position.
-            now.add_samples(unit.shard, [p for p, gone in zip(positions, is_taken[start:end], strict=False) if gone])
+            now.add_samples(unit.shard, positions[is_taken[start:end][: len(positions)]])
             if is_taken[start:end].all() and i + 1 < len(n_samples):
                 now.add(unit)
 
