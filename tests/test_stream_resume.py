@@ -200,13 +200,13 @@ def test_every_epoch_shows_each_image_once_whatever_changes(name: str, draw: int
 def test_shards_that_break_and_mend_between_show_no_image_twice(draw: int, changing: bool, monkeypatch, caplog) -> None:
     rng, shown, states = random.Random(draw), [], None
     caplog.set_level(logging.ERROR)
-    layout = Layout(2, 2, 2, 1)
+    layout = Layout(2, 2, 2, 1, buffer=12)
     for _ in range(8):
         source = Shards([~rng.randrange(n) if rng.random() < 0.4 else n for n in SOURCES["uneven"].sizes])
         source.fingerprint = "the same"
         if changing:
             layout = Layout(rng.randint(1, 3), rng.randint(0, 3), 2, 1, buffer=rng.choice([4, 12]))
-        part, states = go_on(monkeypatch, source, layout, states, lambda step, _: step < 4)
+        part, states = go_on(monkeypatch, source, layout, states, lambda step, _, n=rng.randint(1, 4): step < n)
         shown += chain.from_iterable(part)
     assert max(Counter(shown).values()) == 1
 

@@ -1,7 +1,7 @@
 """Where images come from: sources with random access, and sources of shards that are streamed."""
 
 from collections.abc import Callable, Iterator, Mapping
-from itertools import chain, groupby, islice, zip_longest
+from itertools import chain, groupby, islice, repeat, zip_longest
 from typing import NamedTuple
 
 from jaxtyping import UInt8
@@ -133,9 +133,14 @@ class ShardReader:
         units = units_of(self._seed, epoch, self._source.n_shards, self._n_readers, taken)
         share = islice(enumerate(units[self._reader :: self._n_readers]), first_unit, None)
         for (number, unit), n in zip_longest(share, counts):
-            samples = self._of_unit(number, unit, taken, first_position if number == first_unit else 0)
+            start = first_position if number == first_unit else 0
+            samples = self._of_unit(number, unit, taken, start)
             if n is not None:
-                yield from _again(samples, n)
+                # By now the shard may break elsewhere, or not at all: with more or fewer samples of it, the order in
+                # which the block was handed out would be that of others.
+                name, error = self._source.shard_name(unit.shard), SourceError("has fewer images than when read before")
+                again = chain(samples, repeat(Sample(number, unit.shard, start, name, error, ends_shard=True)))
+                yield from (sample._replace(ends_shard=n < 0 and sample.ends_shard) for sample in islice(again, abs(n)))
             if n is None or number + 1 == first_unit + len(counts):
                 yield from samples
 
@@ -153,17 +158,7 @@ class ShardReader:
         except Exception as error:
             # Whatever a broken shard makes its reader raise ends that shard alone.
             name = _broken(self._source, unit.shard, position + 1)
-            yield Sample(number, unit.shard, position + 1, name, error, ends_shard=True)
-
-
-def _again(samples: Iterator[Sample], n: int) -> list[Sample]:
-    """As many samples of a unit as when its block was first read, though by now it may break elsewhere or not at all.
-
-    Else the order of the block would be that of other samples.
-    """
-    again = list(islice(samples, abs(n)))
-    again += again[-1:] * (abs(n) - len(again))
-    return again if n < 0 else [sample._replace(ends_shard=False) for sample in again]
+            yield Sample(number, unit.shard, max(position + 1, start), name, error, ends_shard=True)
 
 
 def _counts(block: list[Sample]) -> tuple[int, ...]:
