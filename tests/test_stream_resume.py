@@ -1,10 +1,13 @@
 """However ranks, loader processes and micro-batches change on the way, each epoch shows every readable image once."""
 
+import io
 import json
 import logging
 import random
+import tarfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import partial
 from itertools import chain, count
 from types import SimpleNamespace
@@ -12,9 +15,12 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from images import encoded
 from PIL import Image
+from tiny_runs import tiniest
 
+from capi.checkpoint import load_newest_checkpoint
 from capi.config import Config
 from capi.data import ImageStream, stream
 from capi.data.permutation import Permutation
@@ -22,7 +28,10 @@ from capi.data.retry import attempt
 from capi.data.shards import TarShards
 from capi.data.sources import IndexedSource, ShardedSource, SyntheticImages
 from capi.data.taken import Cursor, Progress
+from capi.distributed import World
+from capi.resume import _open_stream
 from capi.seeding import Purpose, generator
+from capi.train import main
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # More processes than cores, on purpose.
 
@@ -126,18 +135,24 @@ def in_process(monkeypatch, shown_keys) -> None:
     monkeypatch.setattr(stream, "share", lambda _: None)
 
 
+def least_epoch(states: list[dict]) -> int:
+    return min(cursor[0] for state in states for cursor in state["cursors"])
+
+
 def go_on(
     monkeypatch,
     source: IndexedSource | ShardedSource,
     layout: Layout,
     states: list[dict] | None,
-    steps: Callable[[int, int], bool],
+    *,
+    n_steps: int | None = None,
+    n_epochs: int = 0,
 ) -> tuple[list[list[Key]], list[dict]]:
-    """The keys of each step's images, while `steps(number of the step here, least epoch of all processes)`."""
+    """The keys of each step's images, and where the streams are left: after so many steps, or when epochs are over."""
     monkeypatch.setattr(stream, "open_source", lambda _: source)
     streams = [ImageStream(layout.config, rank=r, world_size=layout.ranks, states=states) for r in range(layout.ranks)]
     batches, shown, states = list(map(iter, streams)), [], [s.state_dict() for s in streams]
-    while steps(len(shown), min((cursor[0] for state in states for cursor in state["cursors"]), default=0)):
+    while len(shown) < n_steps if n_steps is not None else least_epoch(states) < n_epochs:
         step = [next(of_rank) for of_rank in batches for _ in range(layout.micro)]
         shown.append([tuple(image[:, 0, 0].tolist()) for batch in step for image in batch.images])
         states = [s.state_dict() for s in streams]
@@ -184,13 +199,13 @@ def test_every_epoch_shows_each_image_once_whatever_changes(name: str, draw: int
         )
         # Two stops or so an epoch.
         n_steps = rng.randint(1, 2 + len(source.readable) // (2 * layout.config.optim.batch_size))
-        part, states = go_on(monkeypatch, source, layout, states, lambda step, _, n=n_steps: step < n)
+        part, states = go_on(monkeypatch, source, layout, states, n_steps=n_steps)
         shown += chain.from_iterable(part)
         n_images += n_steps * layout.config.optim.batch_size
         assert {state["samples"] for state in states} == {n_images}
     last = 1 + max(cursor[0] for state in states for cursor in state["cursors"])
     layout = Layout(ranks=rng.randint(1, 4), workers=rng.randint(0, 3))
-    part, _ = go_on(monkeypatch, source, layout, states, lambda _, epoch: epoch <= last)
+    part, _ = go_on(monkeypatch, source, layout, states, n_epochs=last + 1)
     assert_each_once([*shown, *chain.from_iterable(part)], source, last + 1)
 
 
@@ -206,7 +221,7 @@ def test_shards_that_break_and_mend_between_show_no_image_twice(draw: int, chang
         source.fingerprint = "the same"
         if changing:
             layout = Layout(rng.randint(1, 3), rng.randint(0, 3), 2, 1, buffer=rng.choice([4, 12]))
-        part, states = go_on(monkeypatch, source, layout, states, lambda step, _, n=rng.randint(1, 4): step < n)
+        part, states = go_on(monkeypatch, source, layout, states, n_steps=rng.randint(1, 4))
         shown += chain.from_iterable(part)
     assert max(Counter(shown).values()) == 1
 
@@ -217,10 +232,10 @@ def test_equal_readers_go_on_bit_for_bit(name: str, monkeypatch) -> None:
     """At the start of a run, and in an epoch that other readers began."""
     source, before = SOURCES[name], None
     for layout in (Layout(2, 2, 3, 1), Layout(3, 1, 2, 1, buffer=5)):
-        whole, after = go_on(monkeypatch, source, layout, before, lambda step, _: step < 6)
+        whole, after = go_on(monkeypatch, source, layout, before, n_steps=6)
         pieces, states = [], before
         for n_steps in (1, 3, 2):
-            part, states = go_on(monkeypatch, source, layout, states, lambda step, _, n=n_steps: step < n)
+            part, states = go_on(monkeypatch, source, layout, states, n_steps=n_steps)
             pieces += part
         assert pieces == whole
         assert states == after
@@ -232,9 +247,9 @@ def test_equal_readers_go_on_bit_for_bit(name: str, monkeypatch) -> None:
 def test_loader_processes_share_what_others_left(monkeypatch) -> None:
     source, shown, states = SOURCES["uneven"], [], None
     for layout in (Layout(2, 2), Layout(1, 3, 2), Layout(3, 1)):
-        part, states = go_on(monkeypatch, source, layout, states, lambda step, _: step < 3)
+        part, states = go_on(monkeypatch, source, layout, states, n_steps=3)
         shown += chain.from_iterable(part)
-    part, _ = go_on(monkeypatch, source, Layout(1, 2, 1, 4), states, lambda _, epoch: epoch < 1)
+    part, _ = go_on(monkeypatch, source, Layout(1, 2, 1, 4), states, n_epochs=1)
     assert_each_once([*shown, *chain.from_iterable(part)], source, 1)
 
 
@@ -248,7 +263,7 @@ def test_folders_and_scenes_keep_their_order_whatever_changes(n_images: int, dra
     for _ in range(4):
         layout = Layout(rng.randint(1, 4), rng.randint(0, 3), rng.randint(1, 3), rng.randint(1, 4))
         n_steps = rng.randint(1, 4)
-        part, states = go_on(monkeypatch, source, layout, states, lambda step, _, n=n_steps: step < n)
+        part, states = go_on(monkeypatch, source, layout, states, n_steps=n_steps)
         shown += chain.from_iterable(part)
     orders = [Permutation(generator(Purpose.ORDER, 0, epoch), n_images) for epoch in range(1 + len(shown) // n_images)]
     assert shown == [(i // n_images, orders[i // n_images][i % n_images], 0) for i in range(len(shown))]
@@ -257,8 +272,8 @@ def test_folders_and_scenes_keep_their_order_whatever_changes(n_images: int, dra
 @pytest.mark.usefixtures("in_process")
 def test_what_cannot_go_on_starts_its_epoch_again_with_a_warning(monkeypatch, caplog) -> None:
     source, layout = SOURCES["uneven"], Layout(2, 2, 2, 1)
-    _, states = go_on(monkeypatch, source, layout, None, lambda _, epoch: epoch < 1)
-    whole, _ = go_on(monkeypatch, source, layout, states, lambda step, _: step < 3)
+    _, states = go_on(monkeypatch, source, layout, None, n_epochs=1)
+    whole, _ = go_on(monkeypatch, source, layout, states, n_steps=3)
     older = [
         {
             "step": state["step"],
@@ -269,7 +284,7 @@ def test_what_cannot_go_on_starts_its_epoch_again_with_a_warning(monkeypatch, ca
         for state in states
     ]
     assert not caplog.records
-    part, _ = go_on(monkeypatch, source, layout, older, lambda step, _: step < 3)
+    part, _ = go_on(monkeypatch, source, layout, older, n_steps=3)
     assert part == whole
     assert not caplog.records
     changed = Shards([*source.sizes, 3])
@@ -279,7 +294,7 @@ def test_what_cannot_go_on_starts_its_epoch_again_with_a_warning(monkeypatch, ca
         ("other shards", states, changed, layout),
     ):
         caplog.clear()
-        part, after = go_on(monkeypatch, now, then, saved, lambda step, _: step < 1)
+        part, after = go_on(monkeypatch, now, then, saved, n_steps=1)
         assert "so it cannot go on from there: epoch 1 restarts" in caplog.text, name
         assert {key[0] for key in part[0]} == {1}, name
         assert after[0]["step"] == states[0]["step"] + 1
@@ -289,9 +304,9 @@ def test_what_cannot_go_on_starts_its_epoch_again_with_a_warning(monkeypatch, ca
 @pytest.mark.usefixtures("in_process")
 def test_the_rest_of_an_epoch_is_no_small_source(monkeypatch, caplog) -> None:
     source = Shards([8, 8])
-    _, states = go_on(monkeypatch, source, Layout(1, 0, images=3), None, lambda step, _: step < 5)
+    _, states = go_on(monkeypatch, source, Layout(1, 0, images=3), None, n_steps=5)
     caplog.set_level(logging.INFO)
-    go_on(monkeypatch, source, Layout(1, 1, images=12, buffer=4), states, lambda step, _: step < 2)
+    go_on(monkeypatch, source, Layout(1, 1, images=12, buffer=4), states, n_steps=2)
     assert "1 loader processes share what 1 have left of the epochs from 0 on" in caplog.text
     assert "fewer images" not in caplog.text
 
@@ -305,3 +320,39 @@ def test_the_state_of_many_readers_is_small() -> None:
     taken = json.dumps({epoch: taken.state_dict() for epoch, taken in progress.taken.items()})
     assert len(taken) < 300_000
     assert len(json.dumps(cursors)) < 50 * n_readers
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_checkpoint_of_other_positions_or_of_an_older_version(monkeypatch, caplog) -> None:
+    config, source = Layout(1, 2, 2).config, SOURCES["uneven"]
+    _, (state,) = go_on(monkeypatch, source, Layout(1, 2, 2), None, n_steps=3)
+    saved = {"step": 3, "streams": [state], "config": json.loads(json.dumps(asdict(config))), "data_fingerprint": "1"}
+    world = World(0, 1, torch.device("cpu"))
+    assert _open_stream(config, world, saved).state_dict() == state
+    assert not caplog.records
+    config.data.image_key = "png"
+    assert _open_stream(config, world, saved).state_dict()["cursors"] == [[0, 0, 0, 0, 0, []]] * 2
+    assert "epoch 0 restarts" in caplog.text
+    # It counted steps, of the batch size that it was left with.
+    del state["samples"]
+    config.optim.batch_size = 8
+    monkeypatch.setattr(stream, "open_source", lambda _: SyntheticImages(5, SIZE, 0))
+    assert _open_stream(config, world, saved).state_dict()["samples"] == 3 * 4
+
+
+def test_a_run_goes_on_with_other_processes_and_another_batch_size(tmp_path, caplog) -> None:
+    pytest.importorskip("braceexpand")
+    caplog.set_level(logging.INFO)
+    for shard in range(3):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
+            for i in range(7):
+                info = tarfile.TarInfo(f"{i}.png")
+                info.size = len(IMAGE)
+                tar.addfile(info, io.BytesIO(IMAGE))
+    arguments = [*tiniest(tmp_path), "--data.source", f"wds:{tmp_path}/*.tar", "--optim.steps", "5"]
+    allowed = ["--run.allow_changes", "[optim]"]
+    assert main([*arguments, "--optim.steps", "1"]) == 0
+    assert main([*arguments, *allowed, "--data.num_workers", "2", "--optim.batch_size", "4"]) == 0
+    assert "2 loader processes share what 1 have left of the epochs from 0 on" in caplog.text
+    (state,) = load_newest_checkpoint(tmp_path / "run")["streams"]
+    assert state["samples"] == 8 + 4 * 4
