@@ -26,8 +26,8 @@ from capi.data import ImageStream, stream
 from capi.data.permutation import Permutation
 from capi.data.retry import attempt
 from capi.data.shards import TarShards
-from capi.data.sources import IndexedSource, ShardedSource, SyntheticImages
-from capi.data.taken import Cursor, Progress
+from capi.data.sources import IndexedSource, ShardedSource, ShardReader, SyntheticImages
+from capi.data.taken import Cursor, Progress, Taken
 from capi.distributed import World
 from capi.resume import _open_stream
 from capi.seeding import Purpose, generator
@@ -269,6 +269,17 @@ def test_folders_and_scenes_keep_their_order_whatever_changes(n_images: int, dra
     assert shown == [(i // n_images, orders[i // n_images][i % n_images], 0) for i in range(len(shown))]
 
 
+def test_what_a_break_has_lost_is_no_sample() -> None:
+    """Its place in the shard is not known to be gone; here none is left to be."""
+    taken = {0: Taken([[0, 1, 4], [0, 3, 4]])}  # Together they are part 1 of 2, which this reader's share is.
+    reader = ShardReader(Shards([~8]), seed=0, reader=0, n_readers=2, buffer=4, cursor=Cursor(0), taken=taken)
+    sample = next(reader.rest_of_epoch())
+    assert isinstance(sample.data, OSError)
+    assert reader.cursor == Cursor(0, 0, 0, 8, 1, (~0,))
+    progress = Progress(0, 2, 4, [reader.cursor, Cursor(0)], taken).shared_by(0, 1, 4, 1)
+    assert progress.taken[0].state_dict()["units"] == [[0, 1, 4], [0, 3, 4]]
+
+
 @pytest.mark.usefixtures("in_process")
 def test_what_cannot_go_on_starts_its_epoch_again_with_a_warning(monkeypatch, caplog) -> None:
     source, layout = SOURCES["uneven"], Layout(2, 2, 2, 1)
@@ -303,11 +314,12 @@ def test_what_cannot_go_on_starts_its_epoch_again_with_a_warning(monkeypatch, ca
 
 @pytest.mark.usefixtures("in_process")
 def test_the_rest_of_an_epoch_is_no_small_source(monkeypatch, caplog) -> None:
-    source = Shards([8, 8])
-    _, states = go_on(monkeypatch, source, Layout(1, 0, images=3), None, n_steps=5)
+    source = Shards([2, 20])
+    _, states = go_on(monkeypatch, source, Layout(2, 0, seed=1), None, n_steps=8)
     caplog.set_level(logging.INFO)
-    go_on(monkeypatch, source, Layout(1, 1, images=12, buffer=4), states, n_steps=2)
-    assert "1 loader processes share what 1 have left of the epochs from 0 on" in caplog.text
+    _, (state,) = go_on(monkeypatch, source, Layout(1, 0, images=20, seed=1), states, n_steps=1)
+    assert state["cursors"][0][0] == 2, "the rests of epochs 0 and 1 came in one step"
+    assert "1 loader processes share what 2 have left of the epochs from 0 on" in caplog.text
     assert "fewer images" not in caplog.text
 
 

@@ -91,8 +91,7 @@ class ImageStream:
     source has changed, the places of some ranks are missing, or an older version saved the state - a warning says so,
     and the epoch starts again.
 
-    The crop and the mask of a sample depend on its key alone: (seed, epoch, index), or (seed, epoch, shard, position in
-    the shard) where streamed.
+    The crop and the mask of a sample depend on its key alone: (seed, epoch, index), or (seed, epoch, shard, position).
 
     Args:
         start_step: number of the first step.
@@ -168,10 +167,8 @@ class ImageStream:
             logger.info("%s: %d shards", source.source, source.n_shards)
             n_readers = self._world_size * self._n_processes
             if n_readers > source.n_shards:
-                logger.warning(
-                    "%s has %d shards for %d loader processes, so several read each of them; more shards load faster",
-                    *(source.source, source.n_shards, n_readers),
-                )
+                message = "%s has %d shards for %d loader processes, so several read each; more shards load faster"
+                logger.warning(message, source.source, source.n_shards, n_readers)
             return
         logger.info("%s: %d images", source.source, len(source))
         if len(source) < batch_size:
