@@ -176,12 +176,16 @@ def _open_stream(config: Config, world: World, saved: dict | None) -> ImageStrea
     """This rank's images from the checkpoint's step on."""
     if saved is None:
         return ImageStream(config, rank=world.rank, world_size=world.size)
-    state = saved["streams"][world.rank % len(saved["streams"])]
+    states, data = saved["streams"], saved["config"]["data"]
+    if "samples" not in states[0]:  # of an older version, which counted steps alone
+        states = [{**states[0], "samples": saved["step"] * saved["config"]["optim"]["batch_size"]}, *states[1:]]
     source = _source(saved["config"])
-    if saved.get("data_fingerprint") is None and source != _absolute(config.data.source):
+    positions = {"image_key": config.data.image_key, "hf_split": config.data.hf_split}
+    moved = saved.get("data_fingerprint") is None and source != _absolute(config.data.source)
+    if moved or any(data.get(key, value) != value for key, value in positions.items()):
         # A position in what may be another stream means nothing.
-        state = {**state, "layout": {**state["layout"], "content": f"that of {source}"}}
-    return ImageStream(config, rank=world.rank, world_size=world.size, start_step=saved["step"], state=state)
+        states = [{**states[0], "layout": {**states[0]["layout"], "content": f"that of {source}"}}, *states[1:]]
+    return ImageStream(config, rank=world.rank, world_size=world.size, start_step=saved["step"], states=states)
 
 
 def _permitted_changes(config: Config, saved: dict | None, current: dict, fingerprint: str | None) -> Changes:

@@ -31,15 +31,17 @@ class Checkpoints:
         trainer.steps_done = begun.step
         self.streams: list[dict] = []
         """Where this rank's stream stood after the last steps."""
+        self.all_streams = gather(begun.stream.state_dict())
+        """Where every rank's stream stood when all were saved last, or at the start."""
 
     def save(self, step: int) -> None:
         """Called by all ranks after the same step."""
         if step == self.saved:
             return
         check_state(self.trainer, step, self.run_dir)
-        streams = gather(self._stream(step))
+        self.all_streams = gather(self._stream(step))
         with self.trainer.updating:  # Whoever ends the process waits for the file.
-            written = self._write(step, streams)
+            written = self._write(step, self.all_streams)
         if not any_rank(written) or step == self.trainer.config.optim.steps:
             return
         if (model := whole_average(self.trainer.model, self.trainer.world)) is not None:
@@ -51,7 +53,8 @@ class Checkpoints:
     def save_alone(self) -> None:
         """Without the other ranks, from any thread: the last whole step, where the state is at one.
 
-        Where the others' streams stood is not known: they take this rank's place for theirs, if they can.
+        Where the others' streams stand is not known: they go on from where they stood when all were saved last, so that
+        their images since then come twice.
         """
         if not self.trainer.world.is_main:
             return
@@ -62,7 +65,7 @@ class Checkpoints:
             step = self.trainer.steps_done
             if step is None or step == self.saved or self.trainer.not_finite():
                 return
-            if not self._write(step, [self._stream(step)]):
+            if not self._write(step, [self._stream(step), *self.all_streams[1:]]):
                 return
         logger.warning("saved step %d; the same command goes on from there", step)
 

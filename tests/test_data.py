@@ -275,9 +275,9 @@ class TestDeterminism:
         assert_equal([joined_batches(list(islice(batches, 6)))], [joined_batches(expected[:2])])
         state = stream.state_dict()
         assert state["step"] == 2
-        assert_equal(take(make_config(photographs, batch_size=12), 3, state=state), expected[2:])
+        assert_equal(take(make_config(photographs, batch_size=12), 3, states=[state]), expected[2:])
         other = make_config(photographs, batch_size=12, micro_batch_size=2, num_workers=num_workers)
-        assert_equal([joined_batches(take(other, 18, state=state))], [joined_batches(expected[2:])])
+        assert_equal([joined_batches(take(other, 18, states=[state]))], [joined_batches(expected[2:])])
         # Within a step, the state is that of its beginning.
         list(islice(batches, 2))
         assert stream.state_dict() == state
@@ -323,7 +323,7 @@ class TestDeterminism:
         iterator = iter(stream)
         assert_equal(list(islice(iterator, 4)), expected[:4])
         state = pickle.loads(pickle.dumps(stream.state_dict()))
-        assert_equal(take(config, 5, state=state), expected[4:])
+        assert_equal(take(config, 5, states=[state]), expected[4:])
         assert_equal([next(iterator)], expected[4:5])
         iterator.close()
         # A second loop over the same stream goes on as well.
@@ -413,30 +413,30 @@ class TestStreamed:
         config = make_config(streamed, batch_size=10, num_workers=num_workers, shuffle_buffer=8)
         options = {"rank": 1, "world_size": 2}
         expected = take(config, 13, **options)
-        stream = ImageStream(config, **options)
+        streams = [ImageStream(config, rank=rank, world_size=2) for rank in range(2)]
         done = 0
         for stop in (1, 3, 10):
-            # Each link of the chain resumes from the state of the one before.
-            assert_equal(list(islice(stream, stop - done)), expected[done:stop])
-            state = torch.load(_saved(stream.state_dict()), weights_only=True)
-            stream = ImageStream(config, start_step=stop, state=state, **options)
+            # Each link of the chain resumes from the states of the one before.
+            _, shown = (list(islice(stream, stop - done)) for stream in streams)
+            assert_equal(shown, expected[done:stop])
+            states = torch.load(_saved([stream.state_dict() for stream in streams]), weights_only=True)
+            streams = [ImageStream(config, rank=rank, world_size=2, states=states) for rank in range(2)]
             done = stop
-        assert_equal(list(islice(stream, 3)), expected[10:])
+        assert_equal(list(islice(streams[1], 3)), expected[10:])
 
     @pytest.mark.parametrize("num_workers", [0, 3])
     def test_resume_with_micro_batches(self, streamed: str, num_workers: int):
         # Four micro-batches a step over three processes: a step never begins twice in a row with the same process.
-        config = make_config(streamed, batch_size=8, micro_batch_size=1, num_workers=num_workers, shuffle_buffer=8)
-        options = {"rank": 1, "world_size": 2}
-        expected = take(config, 28, **options)
-        stream = ImageStream(config, **options)
+        config = make_config(streamed, batch_size=4, micro_batch_size=1, num_workers=num_workers, shuffle_buffer=8)
+        expected = take(config, 28)
+        stream = ImageStream(config)
         assert_equal(list(islice(stream, 6)), expected[:6])
         state = stream.state_dict()
         assert state["step"] == 1
-        assert_equal(take(config, 24, state=state, **options), expected[4:])
+        assert_equal(take(config, 24, states=[state]), expected[4:])
         # The stream itself goes on in the middle of the step.
         assert_equal(list(islice(stream, 6)), expected[6:12])
-        assert_equal(take(config, 16, state=stream.state_dict(), **options), expected[12:])
+        assert_equal(take(config, 16, states=[stream.state_dict()]), expected[12:])
 
     def test_micro_batches_are_dealt_to_the_processes_in_turn(self, tmp_path: Path):
         write_shards(tmp_path, 3, 6)
@@ -449,28 +449,18 @@ class TestStreamed:
         zero, one = (make_config(streamed, num_workers=n) for n in (0, 1))
         stream = ImageStream(zero)
         list(islice(stream, 2))
-        assert_equal(take(one, 6)[2:], take(one, 4, state=stream.state_dict()))
+        assert_equal(take(one, 6)[2:], take(one, 4, states=[stream.state_dict()]))
 
-    @pytest.mark.parametrize("change", ["num_workers", "world_size", "rank", "shuffle_buffer", "micro_batch_size"])
-    def test_other_layout_restarts_the_epoch_with_a_warning(self, tmp_path: Path, caplog, change: str):
-        write_shards(tmp_path, 8, 6)
-        config = make_config(f"wds:{tmp_path}/*.tar", batch_size=4, num_workers=2, shuffle_buffer=8)
-        options = {"rank": 0, "world_size": 2}
-        stream = ImageStream(config, **options)
-        list(islice(stream, 15))  # 12 images an epoch and process, 2 a batch: both are in their second epoch.
-        state = stream.state_dict()
-        assert not caplog.records
-        if change in options:
-            options[change] = 1
-        elif change == "micro_batch_size":
-            config.run.micro_batch_size = 1
-        else:
-            setattr(config.data, change, 4)
-        resumed = ImageStream(config, state=state, start_step=15, **options)
-        assert "epoch 1 restarts" in caplog.text and change in caplog.text
-        cursors = resumed.state_dict()["cursors"]
-        assert cursors == dict.fromkeys(range(config.data.num_workers), (1, 0, 0, 0, 0))
-        list(islice(resumed, 1))
+    def test_one_process_goes_on_with_what_four_have_left(self, streamed: str):
+        config = make_config(streamed, batch_size=4, num_workers=2, shuffle_buffer=8)
+        streams = [ImageStream(config, rank=rank, world_size=2) for rank in range(2)]
+        shown = [numbers(batch) for stream in streams for batch in islice(stream, 3)]
+        states = [stream.state_dict() for stream in streams]
+        config = make_config(streamed, batch_size=6, shuffle_buffer=5)
+        stream = ImageStream(config, states=states)
+        assert stream.state_dict()["samples"] == 12
+        shown += [numbers(batch) for batch in islice(stream, 2)]
+        assert sorted(joined(shown)) == list(range(24))
 
     def test_unknown_position_warns(self, tmp_path: Path, caplog):
         write_shards(tmp_path, 1, 6)
@@ -693,7 +683,7 @@ def test_signals_to_every_process_are_the_training_process_own():
     assert process.returncode == 1
 
 
-def _saved(state: dict) -> io.BytesIO:
+def _saved(state: object) -> io.BytesIO:
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)

@@ -67,10 +67,10 @@ def test_state_is_that_of_the_last_step_yielded():
     batches = DevicePrefetcher(stream, CPU)
     assert batches.state_dict()["step"] == 0
     next(batches), next(batches)
-    expected = next(batches)
     state = batches.state_dict()
-    assert state["step"] == 3
-    resumed = DevicePrefetcher(ImageStream(make_config(), state={**state, "step": 2}), CPU)
+    expected = next(batches)
+    assert batches.state_dict()["step"] == 3
+    resumed = DevicePrefetcher(ImageStream(make_config(), states=[state]), CPU)
     assert resumed.state_dict()["step"] == 2
     for (a, _), (b, _) in zip(next(resumed), expected, strict=True):
         assert torch.equal(a, b)

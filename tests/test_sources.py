@@ -169,13 +169,13 @@ class TestFingerprint:
         batches = iter(stream)
         next(batches)
         state, expected = stream.state_dict(), [batch.images for batch in islice(batches, 4)]
-        moved = ImageStream(make_config(f"wds:{tmp_path}/b/*.tar", shuffle_buffer=4), state=state)
+        moved = ImageStream(make_config(f"wds:{tmp_path}/b/*.tar", shuffle_buffer=4), states=[state])
         assert stream.fingerprint == moved.fingerprint
         for batch, images in zip(moved, expected, strict=False):
             assert batch.images.equal(images)
         assert not caplog.records
         (tmp_path / "b" / "2.tar").write_bytes(data)
-        ImageStream(make_config(f"wds:{tmp_path}/b/*.tar", shuffle_buffer=4), state=state)
+        ImageStream(make_config(f"wds:{tmp_path}/b/*.tar", shuffle_buffer=4), states=[state])
         assert "epoch 0 restarts" in caplog.text and "3 files" in caplog.text
 
 

@@ -251,6 +251,8 @@ def test_a_run_whose_other_rank_hangs_or_is_gone_stops_with_a_checkpoint(end, tm
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().count("\n")
     assert steps_saved(tmp_path) in (lines, lines + 1)
     assert "the same command goes on from there" in ranks[0].said()
+    streams = load_newest_checkpoint(tmp_path / "run")["streams"]
+    assert [stream["step"] for stream in streams] == [steps_saved(tmp_path), 0], "that of the other is its last known"
 
 
 def test_a_worker_stops_when_torchrun_is_gone(tmp_path, start) -> None:

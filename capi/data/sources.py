@@ -1,7 +1,7 @@
 """Where images come from: sources with random access, and sources of shards that are streamed."""
 
-from collections.abc import Callable, Iterator
-from itertools import chain, islice
+from collections.abc import Callable, Iterator, Mapping
+from itertools import chain, groupby, islice, repeat, zip_longest
 from typing import NamedTuple
 
 from jaxtyping import UInt8
@@ -14,7 +14,7 @@ from capi.data.listing import SourceError as SourceError
 from capi.data.reading import HungError, StuckError, at_once
 from capi.data.shards import HubShards, TarShards
 from capi.data.synthetic import SyntheticScenes
-from capi.seeding import Purpose, generator
+from capi.data.taken import Cursor, Taken, Unit, shuffled, units_of
 
 _SCENE_CACHE_BYTES = 2**28
 
@@ -77,16 +77,8 @@ class Sample(NamedTuple):
     position: int
     name: str
     data: bytes | Exception
-
-
-class Cursor(NamedTuple):
-    """Where a reader stands: in `block` of `epoch`, which starts at (unit, position) and of which `taken` are gone."""
-
-    epoch: int
-    block: int = 0
-    unit: int = 0
-    position: int = 0
-    taken: int = 0
+    ends_shard: bool = False
+    """Whether it stands for what a broken shard has lost from `position` on."""
 
 
 class ShardReader:
@@ -94,7 +86,10 @@ class ShardReader:
 
     An epoch visits the shards in an order of its own; where readers outnumber shards, several share a shard, each
     taking every n-th sample. Samples are shuffled in blocks of `buffer`: as one block is handed out, the next is read,
-    so a position in the stream is five integers, and going back to it reads at most two blocks again.
+    so a position in the stream is a few integers, and going back to it reads at most two blocks again.
+
+    Args:
+        taken: what other readers, who shared these epochs before, have taken of them.
     """
 
     def __init__(
@@ -106,50 +101,73 @@ class ShardReader:
         n_readers: int,
         buffer: int,
         cursor: Cursor,
+        taken: Mapping[int, Taken] | None = None,
         reads: Callable = at_once,
     ):
         self.cursor, self._reads = cursor, reads
         self._source, self._seed, self._buffer = source, seed, buffer
-        self._reader, self._n_readers = reader, n_readers
+        self._reader, self._n_readers, self._taken = reader, n_readers, taken or {}
 
     def rest_of_epoch(self) -> Iterator[Sample]:
         """The samples of the cursor's epoch from the cursor on, which moves along and ends at the next epoch."""
-        epoch, number, unit, position, taken = self.cursor
-        samples = self._in_reading_order(epoch, unit, position)
-        block = list(islice(samples, self._buffer))
+        epoch, number, unit, position, taken, counts = self.cursor
+        samples = self._in_reading_order(epoch, unit, position, counts)
+        block = list(islice(samples, sum(map(abs, counts)) or self._buffer))
         while block:
-            unit, position = block[0].unit, block[0].position
-            order = generator(Purpose.SHUFFLE, self._seed, epoch, self._reader, number).permutation(len(block))
+            unit, position, counts = block[0].unit, block[0].position, _counts(block)
             following = []
-            for count, i in enumerate(order, start=1):
+            for count, i in enumerate(shuffled(self._seed, epoch, self._reader, number, len(block)), start=1):
                 following += islice(samples, 1)
                 if count > taken:
-                    self.cursor = Cursor(epoch, number, unit, position, count)
+                    self.cursor = Cursor(epoch, number, unit, position, count, counts)
                     yield block[i]
                 block[i] = None  # Frees the bytes.
             block, number, taken = following, number + 1, 0
         self.cursor = Cursor(epoch + 1)
 
-    def _in_reading_order(self, epoch: int, first_unit: int, first_position: int) -> Iterator[Sample]:
-        n_parts = -(-self._n_readers // self._source.n_shards)
-        order = generator(Purpose.ORDER, self._seed, epoch).permutation(self._source.n_shards * n_parts)
-        units = order[self._reader :: self._n_readers]
-        for unit in range(first_unit, len(units)):
-            shard, part = divmod(int(units[unit]), n_parts)
-            start = first_position if unit == first_unit else 0
-            position = -1
-            try:
-                for position, (name, read) in enumerate(_members(self._source, shard, self._reads)):
-                    if position >= start and position % n_parts == part:
-                        data = self._reads(name, read)
-                        yield Sample(unit, shard, position, name, data)
-                        if isinstance(data, StuckError):
-                            raise data  # The shard cannot be read on beside it.
-            except HungError:
-                raise
-            except Exception as error:
-                # Whatever a broken shard makes its reader raise ends that shard alone.
-                yield Sample(unit, shard, position + 1, _broken(self._source, shard, position + 1), error)
+    def _in_reading_order(
+        self, epoch: int, first_unit: int, first_position: int, counts: tuple[int, ...]
+    ) -> Iterator[Sample]:
+        """The samples from a position on, the first of them as many of each unit as `Cursor.counts` has."""
+        taken = self._taken.get(epoch, Taken())
+        units = units_of(self._seed, epoch, self._source.n_shards, self._n_readers, taken)
+        share = islice(enumerate(units[self._reader :: self._n_readers]), first_unit, None)
+        for (number, unit), n in zip_longest(share, counts):
+            start = first_position if number == first_unit else 0
+            samples = self._of_unit(number, unit, taken, start)
+            if n is not None:
+                # By now the shard may break elsewhere, or not at all: with more or fewer samples of it, the order in
+                # which the block was handed out would be that of others.
+                name, error = self._source.shard_name(unit.shard), SourceError("has fewer images than when read before")
+                again = chain(samples, repeat(Sample(number, unit.shard, start, name, error, ends_shard=True)))
+                yield from (sample._replace(ends_shard=n < 0 and sample.ends_shard) for sample in islice(again, abs(n)))
+            if n is None or number + 1 == first_unit + len(counts):
+                yield from samples
+
+    def _of_unit(self, number: int, unit: Unit, taken: Taken, start: int) -> Iterator[Sample]:
+        is_left, position = taken.leaves(unit), -1
+        try:
+            for position, (name, read) in enumerate(_members(self._source, unit.shard, self._reads)):
+                if position >= start and is_left(position):
+                    data = self._reads(name, read)
+                    yield Sample(number, unit.shard, position, name, data)
+                    if isinstance(data, StuckError):
+                        raise data  # The shard cannot be read on beside it.
+        except HungError:
+            raise
+        except Exception as error:
+            # Whatever a broken shard makes its reader raise ends that shard alone.
+            name = _broken(self._source, unit.shard, position + 1)
+            yield Sample(number, unit.shard, max(position + 1, start), name, error, ends_shard=True)
+
+
+def _counts(block: list[Sample]) -> tuple[int, ...]:
+    """`Cursor.counts` of the samples of a block."""
+    counts = [0] * (block[-1].unit + 1 - block[0].unit)
+    for unit, samples in groupby(block, lambda sample: sample.unit):
+        *_, last = samples = list(samples)
+        counts[unit - block[0].unit] = ~(len(samples) - 1) if last.ends_shard else len(samples)
+    return tuple(counts)
 
 
 def _members(source: ShardedSource, shard: int, reads: Callable) -> Iterator[tuple[str, Callable[[], bytes]]]:

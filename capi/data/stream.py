@@ -3,11 +3,11 @@
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain, count, cycle, islice, repeat
+from itertools import chain, count, repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from capi.config import Config, micro_batch_size
-from capi.data.crops import Encoded, centre_box, crop, random_box
+from capi.data.crops import Encoded, crop, random_box
 from capi.data.loader import affordable_prefetch, loaded, share
 from capi.data.permutation import Permutation
+from capi.data.readable import readable
 from capi.data.reading import Reads, at_once, never
 from capi.data.retry import attempt, reason
 from capi.data.sources import (
@@ -30,15 +31,14 @@ from capi.data.sources import (
     ShardReader,
     SourceError,
     SyntheticImages,
-    in_order,
     open_source,
 )
+from capi.data.taken import Progress, Taken, reader_buffer
 from capi.masking import Masks, sample_masks
 from capi.seeding import Purpose, generator
 
 logger = logging.getLogger(__name__)
 
-_MAX_REASONS = 3
 _FEWER_THAN_A_BATCH = "%s has fewer images than optim.batch_size, %d: a step shows some of them more than once"
 
 
@@ -71,22 +71,32 @@ class _Delivery(NamedTuple):
 class ImageStream:
     """Endless micro-batches of images with their masks, for one rank; `micro_batches_per_step` in a row make a step.
 
-    Folders and synthetic scenes: image i of micro-batch j of a step is sample g = step * batch_size + rank * local
-    batch + j * micro-batch + i of the run, which is image Permutation(seed, g // n)[g % n] of n. So neither ranks nor
-    loader processes nor micro-batches change what a step sees, and a step number is all that resuming takes. An
-    unreadable file is replaced by the next readable one of the listing.
+    Folders and synthetic scenes: a step that begins after s images shows image i of micro-batch j of a rank as sample
+    g = s + rank * local batch + j * micro-batch + i of the run, which is image Permutation(seed, g // n)[g % n] of n.
+    So neither ranks nor loader processes nor micro-batches change what a step sees, every image comes once in each n
+    samples, and the number of samples shown is all that resuming takes, whatever the batch size becomes. An unreadable
+    file is replaced by the next readable one of the listing.
 
-    Streamed sources (hf, wds): every loader process of every rank reads its own share, and micro-batch m of the run is
-    made by process m mod num_workers; the processes of a rank divide the shuffle buffer. Resuming is exact with equal
-    ranks, processes, micro-batches and shuffle buffer; otherwise a warning says so and the epoch starts again. An
-    unreadable file is left out.
+    Streamed sources (hf, wds): every loader process of every rank reads its own share of each epoch, and micro-batch m
+    of the run is made by process m mod num_workers; the processes of a rank divide the shuffle buffer. A process that
+    is through with its share begins the next epoch, so an image belongs to an epoch by its key, not by the step that
+    shows it: once all processes have left an epoch, every readable image of it was shown once, and never is one shown
+    twice. An unreadable file is left out.
 
-    The crop and the mask of a sample depend on its key alone: (seed, epoch, index), or (seed, epoch, shard, position in
-    the shard) where streamed.
+    Resuming shows exactly the images that whole steps have not shown: what processes had made ahead is made again.
+    With equal ranks, processes, micro-batches and batch size the steps are those of an uninterrupted run, bit for bit.
+    With others, folders and scenes go on with the same order of images. Of streamed sources, other ranks, processes,
+    shuffle buffer or seed divide what is left of the epochs begun among the new processes, as often as they change
+    within an epoch; it comes in another order, but still every image once. Where that cannot be - the content of the
+    source has changed, the places of some ranks are missing, or an older version saved the state - a warning says so,
+    and the epoch starts again.
+
+    The crop and the mask of a sample depend on its key alone: (seed, epoch, index), or (seed, epoch, shard, position).
 
     Args:
         start_step: number of the first step.
-        state: `state_dict()` of an earlier stream of the same rank, to go on from; it brings its own step.
+        states: `state_dict()` of the streams of all ranks of an earlier run, in their order, to go on from; the first
+            brings the step.
 
     Raises:
         ValueError: batch_size does not divide by world_size, or a rank's share of it by the micro-batch size, or the
@@ -103,7 +113,7 @@ class ImageStream:
         rank: int = 0,
         world_size: int = 1,
         start_step: int = 0,
-        state: dict | None = None,
+        states: Sequence[dict] | None = None,
     ):
         if config.optim.batch_size % world_size:
             raise ValueError(
@@ -123,54 +133,66 @@ class ImageStream:
         )
         self._config, self._rank, self._world_size = config, rank, world_size
         self._source = open_source(config)
-        step = start_step if state is None else state["step"]
+        step = start_step if states is None else states[0]["step"]
         self._micro_batch = step * self.micro_batches_per_step
+        # Samples shown before step 0, had all steps been of this batch size: not 0 where it has changed.
+        self._offset = 0 if states is None else states[0]["samples"] - step * config.optim.batch_size
         self._skipped: set[str] = set()
         self._n_processes = max(config.data.num_workers, 1)
         self._layout = {
+            "seed": config.run.seed,
             "rank": rank,
             "world_size": world_size,
             "num_workers": self._n_processes,
             "micro_batch_size": micro,
             "shuffle_buffer": config.data.shuffle_buffer,
         }
-        self._cursors: dict[int, Cursor] = {}
+        self._cursors: list[Cursor] = []
+        self._taken: dict[int, Taken] = {}
         if rank == 0:
             self._say_what_was_found()
         if isinstance(self._source, ShardedSource):
             self._layout["content"] = self._source.fingerprint
-            self._cursors = self._first_cursors(step, state)
-            self._epoch, self._is_small = min(cursor.epoch for cursor in self._cursors.values()), False
+            progress = self._progress(step, states)
+            self._cursors = progress.cursors[rank * self._n_processes :][: self._n_processes]
+            self._taken = progress.taken
+            self._epoch, self._is_small = min(cursor.epoch for cursor in self._cursors), False
+        # All ranks have the same, and one of them saves it.
+        self._taken_state = {str(epoch): gone.state_dict() for epoch, gone in self._taken.items()} if rank == 0 else {}
         self._note_step()
 
     def _say_what_was_found(self) -> None:
         source, batch_size = self._source, self._config.optim.batch_size
         if isinstance(source, ShardedSource):
             logger.info("%s: %d shards", source.source, source.n_shards)
+            n_readers = self._world_size * self._n_processes
+            if n_readers > source.n_shards:
+                message = "%s has %d shards for %d loader processes, so several read each; more shards load faster"
+                logger.warning(message, source.source, source.n_shards, n_readers)
             return
         logger.info("%s: %d images", source.source, len(source))
         if len(source) < batch_size:
             logger.warning(_FEWER_THAN_A_BATCH, source.source, batch_size)
 
-    def _first_cursors(self, step: int, state: dict | None) -> dict[int, Cursor]:
-        n_readers = self._world_size * self._n_processes
-        if n_readers > self._source.n_shards and self._rank == 0:
-            logger.warning(
-                "%s has %d shards for %d loader processes, so several read each of them; more shards load faster",
-                *(self._source.source, self._source.n_shards, n_readers),
-            )
-        if state is not None and state["layout"] == self._layout:
-            return {process: Cursor(*cursor) for process, cursor in state["cursors"].items()}
-        epoch = 0
-        if state is not None:
-            epoch = min((cursor[0] for cursor in state["cursors"].values()), default=0)
-            logger.warning(
-                "the stream was left with %s and is resumed with %s, so it cannot go on from there: epoch %d restarts",
-                *(state["layout"], self._layout, epoch),
-            )
-        elif step > 0:
+    def _progress(self, step: int, states: Sequence[dict] | None) -> Progress:
+        n_readers, seed, epoch = self._world_size * self._n_processes, self._config.run.seed, 0
+        buffer, say = reader_buffer(self._config.data.shuffle_buffer, self._n_processes), self._rank == 0
+        if states is not None:
+            saved, layout = Progress.of(states, seed), states[0]["layout"]
+            if layout.get("content") == self._layout["content"]:
+                progress = saved.shared_by(seed, n_readers, buffer, self._source.n_shards)
+                if progress not in (None, saved) and say:
+                    message = "%d loader processes share what %d have left of the epochs from %d on"
+                    logger.info(message, n_readers, saved.n_readers, progress.cursors[0].epoch)
+                if progress is not None:
+                    return progress
+            epoch = min((cursor.epoch for cursor in saved.cursors), default=0)
+            if say:
+                message = "the stream was left with %s and is resumed with %s, so it cannot go on from there: "
+                logger.warning(f"{message}epoch %d restarts", layout, self._layout, epoch)
+        elif step > 0 and say:
             logger.warning("no position of the stream is known at step %d: epoch 0 restarts", step)
-        return {process: Cursor(epoch) for process in range(self._n_processes)}
+        return Progress(seed, n_readers, buffer, [Cursor(epoch)] * n_readers, {})
 
     @property
     def fingerprint(self) -> str | None:
@@ -186,16 +208,26 @@ class ImageStream:
         return len(self._skipped)
 
     def state_dict(self) -> dict:
-        """Where the stream stood after the last whole step that it yielded: plain numbers and strings."""
+        """Where the stream stood after the last whole step that it yielded: numbers, strings, lists and dicts of them.
+
+        Some ten numbers a loader process; where readers have changed, that of rank 0 says as well what had been taken
+        of the epochs begun: some ten bytes a shard, and a bit a sample of shards of which single samples are gone.
+        """
         return self._state
 
     def _note_step(self) -> None:
-        cursors = {process: tuple(cursor) for process, cursor in self._cursors.items()}
         step = self._micro_batch // self.micro_batches_per_step
-        self._state = {"step": step, "layout": self._layout, "cursors": cursors}
-        if cursors and self._rank == 0 and not self._is_small:
-            epoch = min(cursor[0] for cursor in cursors.values())
-            self._is_small = epoch > self._epoch + 1  # An epoch began and ended in this step.
+        self._state = {
+            "step": step,
+            "samples": self._offset + step * self._config.optim.batch_size,
+            "layout": self._layout,
+            "cursors": [[*cursor[:-1], list(cursor.counts)] for cursor in self._cursors],
+            "taken": self._taken_state,
+        }
+        if self._cursors and self._rank == 0 and not self._is_small:
+            epoch = min(cursor.epoch for cursor in self._cursors)
+            # An epoch began and ended in this step, and was no rest of one.
+            self._is_small = epoch > self._epoch + 1 and self._epoch + 1 not in self._taken
             self._epoch = epoch
             if self._is_small:
                 logger.warning(_FEWER_THAN_A_BATCH, self._source.source, self._config.optim.batch_size)
@@ -212,7 +244,8 @@ class ImageStream:
         """
         config = self._config
         batches = _Batches(
-            *(config, self._source, self._rank, self._world_size, self._micro_batch, dict(self._cursors)),
+            *(config, self._source, self._rank, self._world_size, self._micro_batch, self._offset),
+            *(list(self._cursors), self._taken),
             never if config.data.num_workers else interrupted,
         )
         deliveries = loaded(
@@ -248,11 +281,14 @@ class _Batches(IterableDataset):
         rank: int,
         world_size: int,
         micro_batch: int,
-        cursors: dict[int, Cursor],
+        offset: int,
+        cursors: list[Cursor],
+        taken: Mapping[int, Taken],
         interrupted: Callable[[], bool],
     ):
         self._config, self._source, self._rank, self._world_size = config, source, rank, world_size
-        self._micro_batch, self._cursors, self._interrupted = micro_batch, cursors, interrupted
+        self._micro_batch, self._offset, self._interrupted = micro_batch, offset, interrupted
+        self._cursors, self._taken = cursors, taken
         self._n_images = micro_batch_size(config, world_size)
         self._reasons: dict[str, str] = {}
 
@@ -301,7 +337,7 @@ class _Batches(IterableDataset):
         n, batch_size = len(self._source), self._config.optim.batch_size
         local = batch_size // self._world_size
         step, place = divmod(micro_batch, local // self._n_images)
-        first = step * batch_size + self._rank * local + place * self._n_images
+        first = self._offset + step * batch_size + self._rank * local + place * self._n_images
         for sample in range(first, first + self._n_images):
             epoch = sample // n
             index = _permutation(self._config.run.seed, epoch, n)[sample % n]
@@ -324,8 +360,9 @@ class _Batches(IterableDataset):
             seed=self._config.run.seed,
             reader=self._rank * n_processes + process,
             n_readers=self._world_size * n_processes,
-            buffer=max(1, self._config.data.shuffle_buffer // n_processes),
+            buffer=reader_buffer(self._config.data.shuffle_buffer, n_processes),
             cursor=self._cursors[process],
+            taken=self._taken,
             reads=reads,
         )
 
@@ -339,9 +376,9 @@ class _Batches(IterableDataset):
                 if pixels is not None:
                     found = True
                     yield key, pixels
-            if not found:
+            if not found and epoch not in self._taken:
                 # This reader's share may hold nothing; that the whole source does must not go unnoticed.
-                next(_readable(self._source, self._config.data.image_size, reads))
+                next(readable(self._source, self._config.data.image_size, reads))
 
     def _pixels(self, key: tuple[int, ...], name: str, data: Encoded) -> UInt8[ndarray, "size size 3"] | None:
         """A random crop of one image; None, and a note of the reason, where it is unreadable."""
@@ -361,37 +398,3 @@ class _Batches(IterableDataset):
 @lru_cache(maxsize=2)
 def _permutation(seed: int, epoch: int, n: int) -> Permutation:
     return Permutation(generator(Purpose.ORDER, seed, epoch), n)
-
-
-def evaluation_images(config: Config, n: int) -> UInt8[Tensor, "n 3 size size"]:
-    """`n` images of the source, always the same, centre-cropped and resized, for pictures.
-
-    Evenly spaced over a folder or the synthetic scenes, the first of a streamed source; again from the start where
-    there are fewer than `n`. Raises as ImageStream does.
-    """
-    source, size = open_source(config), config.data.image_size
-    with warnings.catch_warnings(), closing(Reads(config.data.read_timeout)) as reads:
-        warnings.simplefilter("ignore")
-        if isinstance(source, ShardedSource):
-            images = islice(cycle(_readable(source, size, reads)), n)
-        else:
-            images = (next(_readable(source, size, reads, i * len(source) // n)) for i in range(n))
-        return torch.from_numpy(np.stack(list(images)).transpose(0, 3, 1, 2).copy())
-
-
-def _readable(
-    source: IndexedSource | ShardedSource, size: int, reads: Callable, start: int = 0
-) -> Iterator[UInt8[ndarray, "size size 3"]]:
-    """Centre crops of the readable images, in order, an indexed source's from `start`; SourceError if there is none."""
-    n_read, found, reasons = 0, False, []
-    for name, data in in_order(source, start, reads):
-        pixels = attempt(crop, data, size, centre_box)
-        n_read += 1
-        if not isinstance(pixels, Exception):
-            found = True
-            yield pixels
-        elif len(reasons) < _MAX_REASONS:
-            reasons.append(f"{name}: {reason(pixels)}")
-    if not found:
-        why = "; ".join(reasons) or "see data.image_key"
-        raise SourceError(f"{source.source}: expected images, found none readable among {n_read} ({why})")
