@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numerics import assert_draws_as_accurate, least_exact, peak_allocation, sums_in_blocks
+from ranks import run_ranks
 from torch import Tensor
 
 from capi_kernels import (
@@ -397,4 +398,4 @@ def compare_with_one_process(rank: int, folder: Path) -> None:
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(compare_with_one_process, (tmp_path,), nprocs=2)
+    run_ranks(compare_with_one_process, (tmp_path,), 2)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import run_ranks
 from test_train import batch_of
 from tiny_runs import assert_equal_states, load_tiniest
 
@@ -92,8 +93,7 @@ def of_two_ranks(rank: int, folder: Path) -> None:
 
 
 def test_two_ranks_share_statistics_and_gradients_and_skip_bad_steps_together(tmp_path) -> None:
-    # A fork would do without autograd's threads, if some test before has started them.
-    torch.multiprocessing.spawn(of_two_ranks, (tmp_path,), nprocs=2)
+    run_ranks(of_two_ranks, (tmp_path,), 2)
 
 
 def test_torchrun_with_one_process_trains_as_none(tmp_path, monkeypatch) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numerics import assert_as_accurate, assert_draws_as_accurate, least_exact
+from ranks import run_ranks
 from torch import Tensor
 from torch.distributed import ReduceOp, all_gather, all_reduce, get_rank, get_world_size, group
 
@@ -130,7 +131,7 @@ def compare(rank: int, world_size: int, kernels: bool) -> None:
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_processes_equal_one(world_size: int, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(compare_with_one_process, (world_size, tmp_path), nprocs=world_size)
+    run_ranks(compare_with_one_process, (world_size, tmp_path), world_size)
 
 
 def compare_over_nccl(rank: int, world_size: int, folder: Path) -> None:
@@ -146,7 +147,7 @@ def compare_over_nccl(rank: int, world_size: int, folder: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_gpus_equal_one(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(compare_over_nccl, (torch.cuda.device_count(), tmp_path), torch.cuda.device_count())
+    run_ranks(compare_over_nccl, (torch.cuda.device_count(), tmp_path), torch.cuda.device_count())
 
 
 def official_sinkhorn_knopp(M: Tensor, n_iterations: int, eps: float = 1e-8) -> Tensor:

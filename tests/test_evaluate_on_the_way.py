@@ -12,6 +12,7 @@ import pytest
 import torch
 from images import encoded
 from PIL import Image
+from ranks import run_ranks
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tiny_runs import assert_equal_states, load_tiniest, metrics_of, tiniest
 
@@ -165,7 +166,7 @@ def test_the_other_ranks_wait_for_rank_0(tmp_path):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    torch.multiprocessing.spawn(of_two_ranks, (evaluating(tmp_path, "--optim.steps", "3"), port), nprocs=2)
+    run_ranks(of_two_ranks, (evaluating(tmp_path, "--optim.steps", "3"), port), 2)
     assert scores_of(tmp_path / "run") == {step: {"eval_rank": 0.0} for step in (1, 2)}
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from ranks import run_ranks
 from tiny_runs import FIXED, assert_equal_states, draw_batches, load_tiniest, metrics_of, tiniest
 from torch import Tensor
 
@@ -203,7 +204,7 @@ def of_two_ranks(rank: int, folder: Path) -> None:
 
 def test_two_ranks_equal_one_process_and_hold_the_same(tmp_path) -> None:
     config = load_tiniest(tmp_path, *QUEUED, "--model.drop_path_rate", "0")
-    torch.multiprocessing.spawn(of_two_ranks, (tmp_path,), nprocs=2)
+    run_ranks(of_two_ranks, (tmp_path,), 2)
     trainer = Trainer(config, ALONE)
     for step in range(6):
         with pytest.MonkeyPatch.context() as patch:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import run_ranks
 from test_train import batch_of
 from tiny_runs import FIXED, load_tiniest
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -137,7 +138,7 @@ def count_bytes(rank: int, folder: Path) -> None:
 
 
 def test_two_processes_send_as_many_bytes_as_the_estimate_says(tmp_path) -> None:
-    torch.multiprocessing.spawn(count_bytes, (tmp_path,), nprocs=2)
+    run_ranks(count_bytes, (tmp_path,), 2)
 
 
 def test_the_page_is_what_the_program_writes() -> None:

@@ -1,15 +1,15 @@
 """Weights sharded over ranks train as whole ones do, on every rank and on one process alone."""
 
-import multiprocessing
-import time
 from collections import Counter
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import run_ranks
 from safetensors.torch import load_file
 from tiny_runs import FIXED, assert_equal_states, draw_batches, load_tiniest, tiniest
 from torch import Tensor
@@ -299,46 +299,28 @@ def of_four_ranks(rank: int, folder: Path) -> None:
         dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory) -> Path:
-    """The folder of what four ranks, and two, have come to."""
-    folder = tmp_path_factory.mktemp("ranks")
-    # Forked of one process that has imported what takes seconds, but has no threads.
-    multiprocessing.set_forkserver_preload(["torch._dynamo", "torch.distributed.checkpoint.state_dict"])
-    arguments = {"nprocs": 4, "join": False, "start_method": "forkserver"}
-    context = torch.multiprocessing.start_processes(of_four_ranks, (folder,), **arguments)
-    deadline = time.monotonic() + 240
-    try:
-        while not context.join(timeout=1):  # Raises what a rank does.
-            assert time.monotonic() < deadline, "the ranks do not come to an end"
-    finally:
-        for process in context.processes:
-            process.kill()
-    return folder
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> dict:
-    config = load_tiniest(tmp_path_factory.mktemp("alone"), *SAME, *FULL)
+def trained_alone(folder: Path) -> dict:
+    config = load_tiniest(folder, *SAME, *FULL)
     trainer, losses, gradients = trained(config, 0, 1)
     assert not any(isinstance(x, DTensor) for x in trainer.model.state_dict().values())
     return {"losses": losses, "gradients": gradients, "state": whole_state(trainer)}
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("kind", ["none", "full"])
-def test_ranks_train_as_one_process(ranks, alone, size, kind) -> None:
+def test_ranks_train_as_one_process(tmp_path) -> None:
     """Gradients as well, as AdamW would not tell a mean from a sum."""
-    found = [torch.load(ranks / f"{size} {rank}.pt") for rank in range(size)]
-    assert len({tuple(of_rank[kind]["counts"]) for of_rank in found}) > 1  # Some predict more than others.
-    for of_rank in found:
-        torch.testing.assert_close(of_rank[kind]["losses"], alone["losses"], rtol=1e-6, atol=1e-6)
-        assert of_rank[kind]["gradients"].keys() == alone["gradients"].keys()
-        for name, gradient in alone["gradients"].items():
-            largest = float(gradient.abs().max())
-            torch.testing.assert_close(of_rank[kind]["gradients"][name], gradient, rtol=0, atol=3e-6 * largest)
-        for name, x in alone["state"]["model"].items():
-            torch.testing.assert_close(of_rank[kind]["state"]["model"][name], x, rtol=1e-6, atol=1e-6)
+    run_ranks(of_four_ranks, (tmp_path,), 4)
+    alone = trained_alone(tmp_path)
+    for size, kind in product(SIZES, ("none", "full")):
+        found = [torch.load(tmp_path / f"{size} {rank}.pt") for rank in range(size)]
+        assert len({tuple(of_rank[kind]["counts"]) for of_rank in found}) > 1  # Some predict more than others.
+        for of_rank in found:
+            torch.testing.assert_close(of_rank[kind]["losses"], alone["losses"], rtol=1e-6, atol=1e-6)
+            assert of_rank[kind]["gradients"].keys() == alone["gradients"].keys()
+            for name, gradient in alone["gradients"].items():
+                largest = float(gradient.abs().max())
+                torch.testing.assert_close(of_rank[kind]["gradients"][name], gradient, rtol=0, atol=3e-6 * largest)
+            for name, x in alone["state"]["model"].items():
+                torch.testing.assert_close(of_rank[kind]["state"]["model"][name], x, rtol=1e-6, atol=1e-6)
 
 
 def test_a_run_goes_on_sharded_or_not(tmp_path, caplog) -> None:
