@@ -237,6 +237,16 @@ class RunConfig:
 
 
 @dataclass
+class DistributedConfig:
+    """How the processes of one run work together; a single one heeds none of it."""
+
+    timeout: float = 600.0
+    """Seconds after which a rank that does not finish its step, or gives no sign of life, ends the run for it to be
+    started again; ten times the median step where that is longer. Evaluations and checkpoints may take 20 minutes
+    more, and so may the first steps."""
+
+
+@dataclass
 class Config:
     """A CAPI run."""
 
@@ -246,6 +256,7 @@ class Config:
     clustering: ClusteringConfig = field(default_factory=ClusteringConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
 
 def micro_batch_size(config: Config, world_size: int = 1) -> int:

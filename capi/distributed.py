@@ -5,12 +5,16 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Shaped
 from torch import Tensor, nn
+
+ALONE_SECONDS = 1200.0  # In which a rank may list files, evaluate or write what the others wait for.
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,8 @@ class World:
     rank: int
     size: int
     device: torch.device
+    store: dist.Store | None = None
+    """A connection, for one thread, to where the processes met; None for one alone."""
 
     @property
     def is_main(self) -> bool:
@@ -37,10 +43,11 @@ class _Place:
 
 
 @contextmanager
-def join_world(device: str) -> Iterator[World]:
+def join_world(device: str, timeout: float) -> Iterator[World]:
     """Joins the processes that the environment of torchrun or of a Slurm step names, and leaves them at the end.
 
-    Without either, or in a step of one task, this process is a world of one.
+    Without either, or in a step of one task, this process is a world of one. A collective fails in which a rank is
+    waited for more than `timeout` seconds, and those that one may take alone.
 
     Raises:
         ValueError: `device` is "cuda" and there is no GPU for this process, or another launcher started several.
@@ -58,12 +65,16 @@ def join_world(device: str) -> Iterator[World]:
         return
     backend = "cpu:gloo,cuda:nccl" if use_gpu else "gloo"
     try:
-        dist.init_process_group(backend, init_method=here.meeting, rank=here.rank, world_size=here.size)
+        patience = timedelta(seconds=timeout + ALONE_SECONDS)
+        how = {"init_method": here.meeting, "rank": here.rank, "world_size": here.size, "timeout": patience}
+        dist.init_process_group(backend, **how)
+        host, port = _address(here.meeting, os.environ)
+        store = dist.TCPStore(host, port, timeout=patience, wait_for_workers=False)
     except dist.DistError as error:
         reason = str(error).partition("\n")[0]
         raise OSError(f"process {here.rank} of {here.size} does not find the others: {reason}") from error
     try:
-        yield World(here.rank, here.size, place)
+        yield World(here.rank, here.size, place, store)
         dist.barrier()  # a rank that leaves early would break the connections that others still read from
     finally:
         dist.destroy_process_group()
@@ -86,6 +97,13 @@ def _launched(environment: Mapping[str, str]) -> _Place:
                 "same run; expected torchrun or srun"
             )
     return _Place(0, 1, 0, "")
+
+
+def _address(meeting: str, environment: Mapping[str, str]) -> tuple[str, int]:
+    if meeting == "env://":
+        return environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    url = urlsplit(meeting)
+    return url.hostname, url.port
 
 
 def _slurm_task(environment: Mapping[str, str]) -> _Place:
@@ -151,13 +169,13 @@ def mean_over_ranks(count: int, differ: bool) -> float:
     return float(value) / dist.get_world_size()
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether the flag is set on any rank; over the host's network, so that no GPU is waited for."""
+def largest(number: int) -> int:
+    """Of any rank; over the host's network, so that no GPU is waited for."""
     if not dist.is_initialized():
-        return flag
-    value = torch.tensor(int(flag))
+        return number
+    value = torch.tensor(number)
     dist.all_reduce(value, dist.ReduceOp.MAX)
-    return bool(value)
+    return int(value)
 
 
 def gather(value: object) -> list:
