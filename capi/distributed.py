@@ -2,6 +2,7 @@
 
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
+CONNECT_SECONDS = 3.0
 ALONE_SECONDS = 1200.0  # In which a rank may list files, evaluate or write what the others wait for.
 
 
@@ -66,10 +68,10 @@ def join_world(device: str, timeout: float) -> Iterator[World]:
     backend = "cpu:gloo,cuda:nccl" if use_gpu else "gloo"
     try:
         patience = timedelta(seconds=timeout + ALONE_SECONDS)
-        how = {"init_method": here.meeting, "rank": here.rank, "world_size": here.size, "timeout": patience}
-        dist.init_process_group(backend, **how)
-        host, port = _address(here.meeting, os.environ)
-        store = dist.TCPStore(host, port, timeout=patience, wait_for_workers=False)
+        kept = _meet(here, os.environ, patience)
+        of_group = dist.PrefixStore("group", kept)
+        dist.init_process_group(backend, timeout=patience, store=of_group, rank=here.rank, world_size=here.size)
+        store = dist.TCPStore(kept.host, kept.port, timeout=patience, wait_for_workers=False)
     except dist.DistError as error:
         reason = str(error).partition("\n")[0]
         raise OSError(f"process {here.rank} of {here.size} does not find the others: {reason}") from error
@@ -99,11 +101,33 @@ def _launched(environment: Mapping[str, str]) -> _Place:
     return _Place(0, 1, 0, "")
 
 
-def _address(meeting: str, environment: Mapping[str, str]) -> tuple[str, int]:
-    if meeting == "env://":
-        return environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
-    url = urlsplit(meeting)
-    return url.hostname, url.port
+def _meet(here: _Place, environment: Mapping[str, str], patience: timedelta) -> dist.TCPStore:
+    """A store that rank 0 keeps, and that is new with every start."""
+    if here.meeting == "env://":
+        if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]:
+            raise ValueError(f"WORLD_SIZE is {here.size} and {missing[0]} is not set; expected it, as torchrun sets it")
+        host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    else:
+        url = urlsplit(here.meeting)
+        host, port = url.hostname, url.port
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return dist.TCPStore(host, port, here.size, here.rank == 0, patience)
+    # That of torchrun outlives a restart, after which ranks would find the addresses of processes that are gone.
+    lasting = dist.PrefixStore("capi", dist.TCPStore(host, port, timeout=patience, wait_for_workers=False))
+    if here.rank == 0:
+        kept = dist.TCPStore(host, 0, here.size, True, patience, wait_for_workers=False)
+        lasting.set("port", str(kept.port))
+        return kept
+    deadline = time.monotonic() + patience.total_seconds()
+    while True:
+        try:
+            port = int(lasting.get("port"))
+            store = dist.TCPStore(host, port, timeout=timedelta(seconds=CONNECT_SECONDS), wait_for_workers=False)
+            store.set_timeout(patience)
+            return store
+        except dist.DistError:
+            if time.monotonic() > deadline:
+                raise
 
 
 def _slurm_task(environment: Mapping[str, str]) -> _Place:

@@ -256,8 +256,7 @@ class Watchdog:
         """Ranks without a sign of life; the one that keeps the store where nothing is heard of any."""
         now = self._now()
         if now - self._answered > seconds:
-            kept_by_rank_0 = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-            return [0] if kept_by_rank_0 and not self.world.is_main else []
+            return [] if self.world.is_main else [0]
         return [rank for rank, changed in enumerate(self._changed) if self._answered - changed > seconds]
 
     def _behind(self, *, overdue: bool) -> list[int]:

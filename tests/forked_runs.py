@@ -25,7 +25,14 @@ LONG = 100.0  # Seconds in which everything here has ended, on the busiest machi
 class Run:
     """A training in a fork of this process: a new interpreter would take seconds to import PyTorch."""
 
-    def __init__(self, folder: Path, *options: str, environment: dict[str, str] | None = None, prepare=lambda: None):
+    def __init__(
+        self,
+        folder: Path,
+        *options: str,
+        environment: dict[str, str] | None = None,
+        prepare: Callable[[], None] = lambda: None,
+        command: Callable[[list[str]], int] = main,
+    ):
         self.folder = folder
         self.log = folder / f"log{len(list(folder.glob('log*')))}"
         self.log.touch()
@@ -39,7 +46,7 @@ class Run:
             try:
                 self._become(environment or {})
                 prepare()
-                status = main(self.arguments)
+                status = command(self.arguments)
             except BaseException:
                 traceback.print_exc()
             finally:

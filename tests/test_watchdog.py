@@ -1,5 +1,6 @@
 """Ranks that are lost, in processes of their own: killed, stopped, asleep, failing or not finite."""
 
+import os
 import re
 import signal
 import sys
@@ -10,9 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from forked_runs import Run, forks, start_ranks, steps_saved
+from tiny_runs import assert_equal_states
+from torch.distributed.launcher import LaunchConfig, elastic_launch
 
 import capi.watchdog
+from capi.checkpoint import load_newest_checkpoint
 from capi.step import Trainer
+from capi.train import main
 from capi.watchdog import EXIT_STATUS, where
 
 OPTIONS = ("--optim.steps", "100000", "--optim.batch_size", "12", "--run.checkpoint_every", "100000")
@@ -111,6 +116,29 @@ def test_a_rank_whose_numbers_are_not_finite_is_named(tmp_path, start) -> None:
     for rank in ranks:
         assert rank.status() == 1
         assert re.search(r"^error: rank 1's gradients are not finite; ", rank.said(), re.MULTILINE), rank.said()
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_torchrun_starts_the_ranks_again_and_nothing_is_lost(lost, tmp_path, start) -> None:
+    """The weights are those of two ranks of which none was killed, bit for bit."""
+
+    def die(_: Trainer) -> None:
+        if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def rank(arguments: list[str]) -> None:
+        in_step(4, lost, die)()
+        if status := main(arguments):
+            os._exit(status)
+
+    how = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0")
+    how.max_restarts, how.start_method, how.monitor_interval, how.run_id = 1, "fork", 0.1, "test"
+    run = start(command=lambda arguments: not elastic_launch(how, rank)(arguments))
+    assert run.status() == 0, run.said()
+    assert "resuming after step" in run.said()
+    assert [rank.status() for rank in start_ranks(start, 2, "--run.output_dir", str(tmp_path / "whole"))] == [0, 0]
+    states = (load_newest_checkpoint(tmp_path / name)["trainer"] for name in ("run", "whole"))
+    assert_equal_states(*states)
 
 
 def test_a_step_that_takes_long_is_logged_with_the_stacks(tmp_path, start) -> None:
