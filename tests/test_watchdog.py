@@ -108,14 +108,27 @@ def test_the_others_say_what_a_rank_failed_of(tmp_path, start) -> None:
     assert steps_saved(tmp_path) == 5
 
 
-def test_a_rank_whose_numbers_are_not_finite_is_named(tmp_path, start) -> None:
-    def poison(trainer: Trainer) -> None:
-        trainer.model.student.backbone.mask_token.register_hook(lambda gradient: gradient * torch.nan)
+def gradients(trainer: Trainer) -> None:
+    trainer.model.student.backbone.mask_token.register_hook(lambda gradient: gradient * torch.nan)
 
-    ranks = start_ranks(start, 3, *OPTIONS, prepare=in_step(5, 1, poison))
+
+def clustering_gradients(trainer: Trainer) -> None:
+    trainer.model.teacher["head"].layer.weight.register_hook(lambda gradient: gradient * torch.nan)
+
+
+def teacher_features(trainer: Trainer) -> None:
+    original = trainer.model.teacher_features
+    trainer.model.teacher_features = lambda images: original(images) * torch.nan
+
+
+@pytest.mark.parametrize("poison", [gradients, clustering_gradients, teacher_features])
+def test_a_rank_whose_numbers_are_not_finite_is_named(poison, start) -> None:
+    """Though all ranks' losses and gradients are not finite after what they reduce."""
+    ranks = start_ranks(start, 2, *OPTIONS, prepare=in_step(5, 1, poison))
+    what = "teacher features" if poison is teacher_features else "gradients"
     for rank in ranks:
         assert rank.status() == 1
-        assert re.search(r"^error: rank 1's gradients are not finite; ", rank.said(), re.MULTILINE), rank.said()
+        assert re.search(rf"^error: rank 1's {what} are not finite; ", rank.said(), re.MULTILINE), rank.said()
 
 
 @pytest.mark.parametrize("lost", [0, 1])
