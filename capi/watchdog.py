@@ -15,7 +15,6 @@ import socket
 import statistics
 import sys
 import time
-import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -84,7 +83,7 @@ class Watchdog:
         self._interval = min(BEAT_SECONDS, timeout / 10)
         self._host, self._run_dir, self._save = HostTime(), Path(), lambda: None
         self._step: int | None = None
-        self._left_out = 0.0
+        self._looked, self._left_out, self._clock = time.monotonic(), 0.0, Lock()
         self._began = self._answered = self._now()
         self._durations: deque[float] = deque(maxlen=100)
         self._noticed: int | None = None
@@ -99,10 +98,9 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         if self.world.store is not None:
-            names = gather((f"{socket.gethostname()}, pid {os.getpid()}", uuid.uuid4().hex))
-            self._names = [f"rank {rank} ({name})" for rank, (name, _) in enumerate(names)]
-            # Under torchrun the store outlives the ranks: what an earlier start has left there is not ours.
-            self._store = dist.PrefixStore(f"watchdog/{names[0][1]}", self.world.store)
+            processes = gather(f"{socket.gethostname()}, pid {os.getpid()}")
+            self._names = [f"rank {rank} ({process})" for rank, process in enumerate(processes)]
+            self._store = dist.PrefixStore("watchdog", self.world.store)
             self._store.set(str(self.world.rank), json.dumps(asdict(Beat())))
             dist.barrier()
             Thread(target=self._exchange, daemon=True).start()
@@ -110,7 +108,7 @@ class Watchdog:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if _is_of_a_connection(error):
+        if self._is_of_a_lost_rank(error):
             self._leave(error)
         if not isinstance(error, Lost):  # Then the threads see to it that the process does end.
             self._over.set()
@@ -128,7 +126,7 @@ class Watchdog:
         except Diverged:  # as all ranks
             raise
         except BaseException as error:
-            if _is_of_a_connection(error):
+            if self._is_of_a_lost_rank(error):
                 self._leave(error)
             why = f"was {error}" if isinstance(error, Stopped) else f"failed: {type(error).__name__}: {_line(error)}"
             self._agree(f"{self._names[self.world.rank]} {why}")
@@ -145,6 +143,14 @@ class Watchdog:
         self._began, self._step = now, step
 
     # The main thread.
+
+    def _is_of_a_lost_rank(self, error: BaseException | None) -> bool:
+        """Whether a collective or the store has failed, as when another rank is gone: gloo has no type for it."""
+        if self._store is None:
+            return False
+        return isinstance(error, dist.DistError) or (
+            isinstance(error, RuntimeError) and re.search("gloo|nccl|connection", str(error), re.IGNORECASE) is not None
+        )
 
     def _leave(self, error: BaseException) -> NoReturn:
         """Raises Lost; by whichever thread comes first the process is ended."""
@@ -213,12 +219,7 @@ class Watchdog:
     # The thread that judges.
 
     def _watch(self) -> None:
-        last = time.monotonic()
         while not self._over.wait(self._interval):
-            # The time that this process, or its machine, was stopped is nobody's.
-            paused, last = time.monotonic() - last - self._interval, time.monotonic()
-            if paused > self._interval:
-                self._left_out += paused
             self._notice_slow_step()
             if self._store is None:
                 continue
@@ -327,7 +328,13 @@ class Watchdog:
         return "the log"
 
     def _now(self) -> float:
-        return time.monotonic() - self._left_out
+        """Seconds, without those in which this process, or its machine, was stopped: no thread has asked then."""
+        with self._clock:
+            now = time.monotonic()
+            if now - self._looked > 3 * self._interval:
+                self._left_out += now - self._looked
+            self._looked = now
+            return now - self._left_out
 
 
 def where(frame: FrameType | None) -> tuple[bool, str]:
@@ -343,13 +350,6 @@ def where(frame: FrameType | None) -> tuple[bool, str]:
     if outer is frame and code.co_filename.startswith(_OWN):
         waits |= ".wait(" in linecache.getline(code.co_filename, outer.f_lineno)
     return waits, f"{Path(code.co_filename).name}:{outer.f_lineno} in {code.co_name}"
-
-
-def _is_of_a_connection(error: BaseException | None) -> bool:
-    """Whether a collective or the store has failed, as when another rank is gone: gloo has no type for it."""
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and re.search("gloo|nccl|connection", str(error), re.IGNORECASE) is not None
-    )
 
 
 def _line(error: BaseException) -> str:

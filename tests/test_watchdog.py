@@ -95,6 +95,20 @@ def test_a_rank_that_is_stuck_ends_all_of_them(lost, how, tmp_path, start) -> No
         assert steps_saved(tmp_path) == lines
 
 
+def test_ranks_that_were_all_stopped_go_on(tmp_path, start) -> None:
+    """As by `scontrol suspend`, for longer than the timeout, and one after the other."""
+    ranks = start_ranks(start, 2, *OPTIONS, "--distributed.timeout", "2")
+    ranks[0].wait_for_steps(4)
+    for signum, seconds in ((signal.SIGSTOP, 3.0), (signal.SIGCONT, 0.1)):
+        for rank in ranks:
+            rank.send(signum)
+            time.sleep(seconds / 2)
+    ranks[0].wait_for_steps((tmp_path / "run" / "metrics.jsonl").read_text().count("\n") + 3)
+    time.sleep(1)
+    ranks[0].send(signal.SIGTERM)
+    assert [rank.status() for rank in ranks] == [143, 143], ranks[0].said() + ranks[1].said()
+
+
 def test_the_others_say_what_a_rank_failed_of(tmp_path, start) -> None:
     def fail(_: Trainer) -> None:
         raise TypeError("expected a bowl of petunias")
@@ -146,7 +160,7 @@ def test_torchrun_starts_the_ranks_again_and_nothing_is_lost(lost, tmp_path, sta
 
     how = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0")
     how.max_restarts, how.start_method, how.monitor_interval, how.run_id = 1, "fork", 0.1, "test"
-    run = start(command=lambda arguments: not elastic_launch(how, rank)(arguments))
+    run = start("--distributed.timeout", "5", command=lambda arguments: not elastic_launch(how, rank)(arguments))
     assert run.status() == 0, run.said()
     assert "resuming after step" in run.said()
     assert [rank.status() for rank in start_ranks(start, 2, "--run.output_dir", str(tmp_path / "whole"))] == [0, 0]
