@@ -128,6 +128,7 @@ class Watchdog:
         except BaseException as error:
             if self._is_of_a_lost_rank(error):
                 self._leave(error)
+            self._ending.acquire()  # The other thread only bounds the time that this one takes.
             why = f"was {error}" if isinstance(error, Stopped) else f"failed: {type(error).__name__}: {_line(error)}"
             self._agree(f"{self._names[self.world.rank]} {why}")
             raise
@@ -239,8 +240,7 @@ class Watchdog:
             return f"the store of the ranks has not answered for {self._now() - self._answered:.0f} s"
         if behind := self._behind(overdue=True):
             return "; ".join(map(self._described, behind))
-        beats = [self._read(rank) for rank in range(self.world.size)]
-        if all(beat.overdue for beat in beats):
+        if all(beat.overdue for beat in self._everyone()):
             return f"no rank goes on: in step {self._step + 1}, all wait for each other or for their devices"
         return None
 
@@ -262,8 +262,11 @@ class Watchdog:
 
     def _behind(self, *, overdue: bool) -> list[int]:
         """Ranks that others wait for."""
-        beats = {rank: self._read(rank) for rank in range(self.world.size)}
-        return [rank for rank, beat in beats.items() if not beat.waits and (beat.overdue or not overdue)]
+        everyone = enumerate(self._everyone())
+        return [rank for rank, beat in everyone if not beat.waits and (beat.overdue or not overdue)]
+
+    def _everyone(self) -> list[Beat]:
+        return [self._read(rank) for rank in range(self.world.size)]
 
     def _read(self, rank: int) -> Beat:
         return Beat(**json.loads(self._beats[rank])) if self._beats[rank] else Beat()
@@ -282,9 +285,9 @@ class Watchdog:
 
     def _notice_slow_step(self) -> None:
         usual, step, seconds = self._usual(), self._step, self._now() - self._began
-        if step is None or usual is None or step == self._noticed or self._host.current in ALONE:
+        if step is None or usual is None or step == self._noticed or seconds < max(SLOW_TIMES * usual, SLOW_SECONDS):
             return
-        if seconds < max(SLOW_TIMES * usual, SLOW_SECONDS):
+        if any(phase in ALONE for phase in (self._host.current, *(beat.phase for beat in self._everyone()))):
             return
         self._noticed = step
         waits, place = where(sys._current_frames()[main_thread().ident])

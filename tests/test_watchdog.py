@@ -1,24 +1,28 @@
 """Ranks that are lost, in processes of their own: killed, stopped, asleep, failing or not finite."""
 
+import json
 import os
 import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 from forked_runs import Run, forks, start_ranks, steps_saved
 from tiny_runs import assert_equal_states
+from torch.distributed import HashStore
 from torch.distributed.launcher import LaunchConfig, elastic_launch
 
 import capi.watchdog
 from capi.checkpoint import load_newest_checkpoint
+from capi.distributed import World
 from capi.step import Trainer
 from capi.train import main
-from capi.watchdog import EXIT_STATUS, where
+from capi.watchdog import EXIT_STATUS, Beat, Watchdog, where
 
 OPTIONS = ("--optim.steps", "100000", "--optim.batch_size", "12", "--run.checkpoint_every", "100000")
 
@@ -114,7 +118,7 @@ def test_the_others_say_what_a_rank_failed_of(tmp_path, start) -> None:
         raise TypeError("expected a bowl of petunias")
 
     ranks = start_ranks(start, 2, *OPTIONS, prepare=in_step(5, 1, fail))
-    assert ranks[1].status() not in (0, EXIT_STATUS)
+    assert ranks[1].status() == 70  # As the test has it of an exception.
     assert "Traceback" in ranks[1].said()
     assert ranks[0].status() == EXIT_STATUS, ranks[0].said()
     assert re.search(r"^error: rank 1 \(.*\) failed: TypeError: expected a bowl", ranks[0].said(), re.MULTILINE)
@@ -185,6 +189,23 @@ def test_a_step_that_takes_long_is_logged_with_the_stacks(tmp_path, start) -> No
     assert run.said().count("step 5 takes") == 1
     assert re.search(r"step 5 has ended after 2 s", run.said())
     assert "in sluggish" in stacks.read_text()
+
+
+@pytest.mark.parametrize(("phase", "overdue"), [("launch", True), ("launch", False), ("evaluation", False)])
+def test_a_rank_waits_for_one_that_evaluates(phase, overdue, caplog) -> None:
+    """It is the rank behind whose own limit counts."""
+    watchdog = Watchdog(World(1, 2, torch.device("cpu")), timeout=60.0)
+    watchdog._store = HashStore()
+    for step in range(5):
+        watchdog.step_begins(step)
+    watchdog._began -= 100
+    behind, here = Beat(1, 4, 100.0, phase, "a.py:1 in f", False, overdue), watchdog._beat(1)
+    assert here.overdue
+    watchdog._beats = [json.dumps(asdict(beat)).encode() for beat in (behind, replace(here, waits=True))]
+    named = "this process has not finished step 5 for 100 s; it is at: launch, a.py:1 in f"
+    assert watchdog._judge() == (named if overdue else None)
+    watchdog._notice_slow_step()
+    assert ("step 5 takes 100 s" in caplog.text) == (phase == "launch")
 
 
 def test_who_waits_for_others_is_told_by_the_stack() -> None:
