@@ -28,8 +28,8 @@ class Faults:
         found = torch.where(all_finite(tensors), self._none, STAGES.index(stage))
         self._of_step = torch.minimum(self._of_step, found)
 
-    def average(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        """The mean of gradients over the ranks, as a hook of DistributedDataParallel."""
+    def average(self, bucket: dist.GradBucket):  # PyTorch's own futures are not of the one annotation that it allows.
+        """The mean of gradients over the ranks, on its way: a hook of DistributedDataParallel."""
         self.look("gradients", [bucket.buffer()])
         return allreduce_hook(None, bucket)
 
