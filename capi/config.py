@@ -248,6 +248,10 @@ class DistributedConfig:
 
     shard: Literal["none", "full"] = "none"
     """full: each rank keeps a part of student, moving average and their optimiser, and gathers block after block."""
+    timeout: float = 600.0
+    """Seconds after which a rank that does not finish its step, or gives no sign of life, ends the run for it to be
+    started again; ten times the median step where that is longer. Evaluations and checkpoints may take 20 minutes
+    more, and so may the first steps."""
 
 
 @dataclass

@@ -39,6 +39,8 @@ def check_config(config: Config, world_size: int = 1) -> None:
     for name in ("profile", "stop_timeout", "evaluate_every"):
         if not getattr(config.run, name) >= 0:
             raise ValueError(f"run.{name} must not be negative, got {getattr(config.run, name)}")
+    if not config.distributed.timeout > 0:
+        raise ValueError(f"distributed.timeout must be positive, got {config.distributed.timeout}")
     for name in ("target_temperature", "prediction_temperature", "student_temperature"):
         if not getattr(config.clustering, name) > 0:
             raise ValueError(f"clustering.{name} must be positive, got {getattr(config.clustering, name)}")

@@ -2,9 +2,12 @@
 
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -14,6 +17,9 @@ from torch import Tensor, nn
 
 from capi.config import Config
 
+CONNECT_SECONDS = 3.0
+ALONE_SECONDS = 1200.0  # In which a rank may list files, evaluate or write what the others wait for.
+
 
 @dataclass(frozen=True)
 class World:
@@ -22,6 +28,8 @@ class World:
     rank: int
     size: int
     device: torch.device
+    store: dist.Store | None = None
+    """A connection, for one thread, to where the processes met; None for one alone."""
 
     @property
     def is_main(self) -> bool:
@@ -44,10 +52,11 @@ class _Place:
 
 
 @contextmanager
-def join_world(device: str) -> Iterator[World]:
+def join_world(device: str, timeout: float) -> Iterator[World]:
     """Joins the processes that the environment of torchrun or of a Slurm step names, and leaves them at the end.
 
-    Without either, or in a step of one task, this process is a world of one.
+    Without either, or in a step of one task, this process is a world of one. A collective fails in which a rank is
+    waited for more than `timeout` seconds, and those that one may take alone.
 
     Raises:
         ValueError: `device` is "cuda" and there is no GPU for this process, or another launcher started several.
@@ -65,12 +74,16 @@ def join_world(device: str) -> Iterator[World]:
         return
     backend = "cpu:gloo,cuda:nccl" if use_gpu else "gloo"
     try:
-        dist.init_process_group(backend, init_method=here.meeting, rank=here.rank, world_size=here.size)
+        patience = timedelta(seconds=timeout + ALONE_SECONDS)
+        kept = _meet(here, os.environ, patience)
+        of_group = dist.PrefixStore("group", kept)
+        dist.init_process_group(backend, timeout=patience, store=of_group, rank=here.rank, world_size=here.size)
+        store = dist.TCPStore(kept.host, kept.port, timeout=patience, wait_for_workers=False)
     except dist.DistError as error:
         reason = str(error).partition("\n")[0]
         raise OSError(f"process {here.rank} of {here.size} does not find the others: {reason}") from error
     try:
-        yield World(here.rank, here.size, place)
+        yield World(here.rank, here.size, place, store)
         dist.barrier()  # a rank that leaves early would break the connections that others still read from
     finally:
         dist.destroy_process_group()
@@ -93,6 +106,35 @@ def _launched(environment: Mapping[str, str]) -> _Place:
                 "same run; expected torchrun or srun"
             )
     return _Place(0, 1, 0, "")
+
+
+def _meet(here: _Place, environment: Mapping[str, str], patience: timedelta) -> dist.TCPStore:
+    """A store that rank 0 keeps, and that is new with every start."""
+    if here.meeting == "env://":
+        if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]:
+            raise ValueError(f"WORLD_SIZE is {here.size} and {missing[0]} is not set; expected it, as torchrun sets it")
+        host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    else:
+        url = urlsplit(here.meeting)
+        host, port = url.hostname, url.port
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return dist.TCPStore(host, port, here.size, here.rank == 0, patience)
+    # That of torchrun outlives a restart, after which ranks would find the addresses of processes that are gone.
+    lasting = dist.PrefixStore("capi", dist.TCPStore(host, port, timeout=patience, wait_for_workers=False))
+    if here.rank == 0:
+        kept = dist.TCPStore(host, 0, here.size, True, patience, wait_for_workers=False)
+        lasting.set("port", str(kept.port))
+        return kept
+    deadline = time.monotonic() + patience.total_seconds()
+    while True:
+        try:
+            port = int(lasting.get("port"))
+            store = dist.TCPStore(host, port, timeout=timedelta(seconds=CONNECT_SECONDS), wait_for_workers=False)
+            store.set_timeout(patience)
+            return store
+        except dist.DistError:
+            if time.monotonic() > deadline:
+                raise
 
 
 def _slurm_task(environment: Mapping[str, str]) -> _Place:
@@ -158,13 +200,13 @@ def mean_over_ranks(count: int, differ: bool) -> float:
     return float(value) / dist.get_world_size()
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether the flag is set on any rank; over the host's network, so that no GPU is waited for."""
+def largest(number: int) -> int:
+    """Of any rank; over the host's network, so that no GPU is waited for."""
     if not dist.is_initialized():
-        return flag
-    value = torch.tensor(int(flag))
+        return number
+    value = torch.tensor(number)
     dist.all_reduce(value, dist.ReduceOp.MAX)
-    return bool(value)
+    return int(value)
 
 
 def gather(value: object) -> list:

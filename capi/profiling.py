@@ -29,6 +29,11 @@ class HostTime:
         self._seconds: dict[str, float] = defaultdict(float)
         self._phase, self._since = "other", time.perf_counter()
 
+    @property
+    def current(self) -> str:
+        """The phase that the main thread is in, for other threads."""
+        return self._phase
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Within, time is the phase's; that around it gets none."""

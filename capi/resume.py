@@ -36,7 +36,7 @@ Changes = dict[str, tuple[object, object]]
 # What a run's results depend on by more than rounding is compared when it goes on: every group but `distributed` and
 # `run`, and of this:
 _COMPARED_OF_RUN = ("run.seed", "run.precision", "run.teacher_precision")
-_FREE = ("data.num_workers", "data.read_timeout")
+_FREE = ("data.num_workers", "data.read_timeout", "distributed.timeout")
 # Neither worth a word when they change.
 _OF_THE_START = ("run.output_dir", "run.resume", "run.allow_changes")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from capi.checkpoint import newest_checkpoint, save_checkpoint, step_of
-from capi.distributed import any_rank, gather
+from capi.distributed import gather, largest
 from capi.results import Results
 from capi.resume import Start, described
 from capi.sharding import whole_average
@@ -42,7 +42,7 @@ class Checkpoints:
         self.all_streams = gather(self._stream(step))
         with self.trainer.updating:  # Whoever ends the process waits for the file.
             written = self._write(step, self.all_streams)
-        if not any_rank(written) or step == self.trainer.config.optim.steps:
+        if not largest(written) or step == self.trainer.config.optim.steps:
             return
         if (model := whole_average(self.trainer.model, self.trainer.world)) is not None:
             try:
@@ -111,23 +111,25 @@ class Checkpoints:
 
 
 def check_finite(trainer: Trainer, run_dir: Path, limit: int) -> None:
-    """Stops a run whose losses or gradients have not been finite for `limit` steps."""
+    """Stops a run whose losses or gradients have not been finite for `limit` steps; called by all ranks."""
     bad_steps = int(trainer.bad_steps)
     if bad_steps >= limit:
         good = newest_checkpoint(run_dir)
+        whose = trainer.faults.named() if trainer.faults is not None else ""  # before any rank leaves
         raise Diverged(
-            f"losses or gradients were not finite for {bad_steps} steps in a row (run.max_nan_steps is "
-            f"{trainer.config.run.max_nan_steps}); last good checkpoint: {good or 'none'}. "
+            f"{whose and f'{whose} are not finite; '}losses or gradients were not finite for {bad_steps} steps in a "
+            f"row (run.max_nan_steps is {trainer.config.run.max_nan_steps}); last good checkpoint: {good or 'none'}. "
             "Try a lower learning rate, or run.precision fp32."
         )
 
 
 def check_state(trainer: Trainer, step: int, run_dir: Path) -> None:
     """Stops a run whose weights or optimiser states are not finite: no later step would mend them."""
-    name = trainer.not_finite()
-    if any_rank(name is not None):
+    names = gather(trainer.not_finite())
+    bad = [f"rank {rank}'s {name}" if len(names) > 1 else name for rank, name in enumerate(names) if name is not None]
+    if bad:
         raise Diverged(
-            f"{name or 'the state of another rank'} is not finite after step {step}; last good checkpoint: "
+            f"{', '.join(bad)} is not finite after step {step}; last good checkpoint: "
             f"{newest_checkpoint(run_dir) or 'none'}. Try a lower learning rate, or run.precision fp32."
         )
 

@@ -20,6 +20,7 @@ from capi.casting import WeightCopies, cast_weights
 from capi.config import Config
 from capi.distributed import GradientAverage, World, average, is_sharded, mean_over_ranks
 from capi.drop_path import draw, received, send
+from capi.faults import Faults
 from capi.model import CAPI
 from capi.optim import all_finite, build_optimizers, schedule_value, set_learning_rates, update_ema
 from capi.profiling import HostTime
@@ -86,8 +87,10 @@ class Trainer:
             self.model.student_ema.compile_pointwise()
         self.uses_graphs = config.run.cuda_graphs != "off" and graphs_obstacle(config, world) is None
         self.student: nn.Module = self.model.student
+        self.faults = Faults(world.device) if world.size > 1 else None
         if world.size > 1 and not self.sharded:
             self.student = DistributedDataParallel(self.student, gradient_as_bucket_view=True)
+            self.student.register_comm_hook(self.faults, Faults.average)
 
     def step(
         self,
@@ -119,6 +122,8 @@ class Trainer:
         with self.host.phase("update"), self.updating:
             self.steps_done = None
             self.bad_steps = torch.where(finite, 0, self.bad_steps + 1)
+            if self.faults is not None:
+                self.faults.step_ends(finite)
             self._update(momentum, 1 - finite.float())
             self.model.teacher["head"].store(finite)
             self.steps_done = step + 1
@@ -181,6 +186,9 @@ class Trainer:
             features = self._teacher_features([images for images, _ in inputs.batches])
         clustering_loss, potentials = head(features)
         clustering_loss.backward()
+        if self.faults is not None:
+            self.faults.look("teacher features", [features])
+            self.faults.look("gradients", [p.grad for p in head.parameters()])
         clustering_gradients = GradientAverage(head.parameters())
 
         losses, entropies, clusters, first_image = [], [], [], 0
@@ -202,6 +210,8 @@ class Trainer:
                 clusters.append(most_likely)
                 launched()
         clustering_gradients.wait()
+        if self.faults is not None:
+            self.faults.look("loss", losses)
         gradients = all_finite(p.grad for p in self.model.parameters() if p.grad is not None)
         return Losses(
             loss=torch.stack(losses).sum(),

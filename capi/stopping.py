@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread, main_thread
 from types import FrameType
+from typing import NoReturn
 
 logger = logging.getLogger("capi")
 
@@ -119,11 +120,7 @@ class StopRequest:
                 self._leave(first)
 
     def _leave(self, signum: int) -> None:
-        last = Thread(target=self._save_last, args=(signum,), daemon=True)
-        last.start()
-        last.join(LAST_CHECKPOINT_SECONDS)
-        _kill_children()  # They could outlive us.
-        os._exit(128 + signum)
+        leave_process(128 + signum, lambda: self._save_last(signum))
 
     def _save_last(self, signum: int) -> None:
         logger.warning("%s, but the step does not end: leaving it", Stopped(signum))
@@ -131,6 +128,15 @@ class StopRequest:
             self.save()
         except Exception as error:
             logger.error("no checkpoint could be written: %s", error)
+
+
+def leave_process(status: int, save: Callable[[], None]) -> NoReturn:
+    """Ends the process whatever its main thread waits for, a minute later at most; `save` raises nothing."""
+    last = Thread(target=save, daemon=True)
+    last.start()
+    last.join(LAST_CHECKPOINT_SECONDS)
+    _kill_children()  # They could outlive us.
+    os._exit(status)
 
 
 def _kill_children() -> None:

@@ -14,7 +14,7 @@ from capi.checkpoint import newest_checkpoint, step_of
 from capi.config import Config, load_config
 from capi.config_check import check_config
 from capi.data.prefetch import DevicePrefetcher
-from capi.distributed import World, any_rank, join_world
+from capi.distributed import World, join_world, largest
 from capi.evaluate.on_the_way import Evaluator
 from capi.fp8 import fp8_obstacle
 from capi.loggers import import_loggers, start_loggers
@@ -31,11 +31,12 @@ from capi.sharding import whole_average
 from capi.step import Trainer
 from capi.step_graph import graphs_obstacle
 from capi.stopping import Stopped, StopRequest
+from capi.watchdog import EXIT_STATUS, Lost, Watchdog
 
 logger = logging.getLogger("capi")
 
 
-def train(config: Config, world: World, stop: StopRequest) -> int:
+def train(config: Config, world: World, stop: StopRequest, watchdog: Watchdog) -> int:
     """Runs or resumes a training in `config.run.output_dir`; returns the exit status.
 
     Raises:
@@ -45,6 +46,7 @@ def train(config: Config, world: World, stop: StopRequest) -> int:
         Stopped: a signal ended the run where its ranks could not agree on a step.
         Diverged: losses or gradients were not finite for `config.run.max_nan_steps` steps in a row, or weights or
             optimiser states are not.
+        Lost: another rank does not go on.
     """
     together(lambda: _check(config, world))
     evaluator = together(lambda: Evaluator(config) if world.is_main and config.run.evaluate_every else None)
@@ -57,7 +59,7 @@ def train(config: Config, world: World, stop: StopRequest) -> int:
             announce(config, trainer, start.step)
         if start.stream is not None:
             with logging_redirect_tqdm():  # a log line does not break the progress bar
-                signum = _run_steps(trainer, start, run_dir, results, stop, evaluator)
+                signum = _run_steps(trainer, start, run_dir, results, stop, watchdog, evaluator)
             if signum is not None:
                 return 128 + signum
         model = whole_average(trainer.model, world)
@@ -80,9 +82,15 @@ def _check(config: Config, world: World) -> None:
 
 
 def _run_steps(
-    trainer: Trainer, begun: Start, run_dir: Path, results: Results, stop: StopRequest, evaluator: Evaluator | None
+    trainer: Trainer,
+    begun: Start,
+    run_dir: Path,
+    results: Results,
+    stop: StopRequest,
+    watchdog: Watchdog,
+    evaluator: Evaluator | None,
 ) -> int | None:
-    """Trains from the steps done to the end, or to a stop signal, which it returns."""
+    """Trains from the steps done to the end, or to a stop signal on any rank, which it returns."""
     config, world, start = trainer.config, trainer.world, begun.step
     n_tokens = (config.data.image_size // config.model.patch_size) ** 2
     statistics = AssignmentStatistics(n_tokens, config.clustering.n_prototypes)
@@ -100,22 +108,25 @@ def _run_steps(
     try:
         prefetcher = DevicePrefetcher(begun.stream, world.device, host=trainer.host)
         profiler = StepProfiler(config.run.profile if world.is_main else 0, trainer.host, world.device, run_dir)
-        with stop.deferred(), prefetcher as batches, checkpoints.saved_alone_by(stop, bar):
+        watched = watchdog.steps(trainer.host, run_dir, checkpoints.save_alone)
+        with stop.deferred(), prefetcher as batches, watched, checkpoints.saved_alone_by(stop, bar):
             rates = Rates(config, world, trainer.host)
             for step in range(start, config.optim.steps):
+                watchdog.step_begins(step)
                 last = step + 1 == config.optim.steps
                 checkpoints.streams = [batches.state_dict()]
                 with suppress(Stopped), stop.at_once():
                     micro_batches = next(batches)
                 # Before the step is launched: a rank without data holds the others up where their state is whole.
-                if any_rank(stop.signum is not None):
-                    checkpoints.save(step)
+                if signum := largest(stop.signum or 0):
+                    with trainer.host.phase("checkpoint"):
+                        checkpoints.save(step)
                     bar.close()
-                    name = signal.Signals(stop.signum).name if stop.signum else "a signal on another rank"
+                    name = signal.Signals(signum).name + ("" if stop.signum else " on another rank")
                     where = goes_on_from(run_dir, step) if world.is_main else "there"
                     logger.warning("stopped by %s after step %d; the same command goes on from %s", name, step, where)
                     stop.kill_loaders()
-                    return stop.signum or signal.SIGTERM
+                    return signum
                 checkpoints.streams.append(batches.state_dict())
                 result = trainer.step(micro_batches, step, (lambda: None) if last else batches.prefetch)
                 positions = torch.cat([masks.predict_indices for _, masks in micro_batches]) % n_tokens
@@ -130,11 +141,12 @@ def _run_steps(
                     check_finite(trainer, run_dir, config.run.max_nan_steps if not last else 1)
                 bar.update()
                 if done % config.run.checkpoint_every == 0 or last:
-                    checkpoints.save(done)
+                    with trainer.host.phase("checkpoint"):
+                        checkpoints.save(done)
                 if config.run.evaluate_every and (done % config.run.evaluate_every == 0 or last):
                     log_evaluation(trainer, evaluator, step, rates, writer, stop)
-            if any_rank(stop.signum is not None):
-                return stop.signum or signal.SIGTERM
+            if signum := largest(stop.signum or 0):
+                return signum
     finally:
         bar.close()
         if writer is not None:
@@ -156,8 +168,15 @@ def main(argv: list[str] | None = None) -> int:
     config = load_config(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        with StopRequest(config.run.stop_timeout) as stop, join_world(config.run.device) as world:
-            return train(config, world, stop)
+        with (
+            StopRequest(config.run.stop_timeout) as stop,
+            join_world(config.run.device, config.distributed.timeout) as world,
+            Watchdog(world, config.distributed.timeout) as watchdog,
+        ):
+            return train(config, world, stop, watchdog)
+    except Lost as lost:
+        print(f"error: {lost}", file=sys.stderr)  # noqa: T201
+        return EXIT_STATUS
     except (ValueError, OSError, ImportError, Diverged) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 1

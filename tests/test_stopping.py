@@ -1,20 +1,14 @@
 """Runs that are asked to stop, in processes of their own, by real signals."""
 
-import logging
 import os
 import signal
-import socket
-import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import torch
-import torch._dynamo  # Each fork would import it anew.
-from tiny_runs import TINIEST, assert_equal_states
+from forked_runs import LONG, Run, forks, free_port, start_ranks, steps_saved
+from tiny_runs import assert_equal_states
 from torch.distributed import HashStore
 
 import capi.step
@@ -22,94 +16,12 @@ import capi.stopping
 from capi.checkpoint import load_newest_checkpoint
 from capi.data.synthetic import SyntheticScenes
 from capi.step import Trainer
-from capi.train import main
-
-LONG = 100.0  # Seconds in which everything here has ended, on the busiest machine.
-
-
-class Run:
-    """A training in a fork of this process: a new interpreter would take seconds to import PyTorch."""
-
-    def __init__(self, folder: Path, *options: str, environment: dict[str, str] | None = None, prepare=lambda: None):
-        self.folder = folder
-        self.log = folder / f"log{len(list(folder.glob('log*')))}"
-        (folder / "tiniest.yaml").write_text(TINIEST)
-        self.arguments = ["--config", str(folder / "tiniest.yaml"), "--run.output_dir", str(folder / "run"), *options]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of the threads of pytest-xdist.
-            self.pid = os.fork()
-        if self.pid == 0:
-            status = 70
-            try:
-                self._become(environment or {})
-                prepare()
-                status = main(self.arguments)
-            finally:
-                os._exit(status)
-
-    def _become(self, environment: dict[str, str]) -> None:
-        os.setpgid(0, 0)
-        file = os.open(self.log, os.O_WRONLY | os.O_CREAT)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-        logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-        torch.set_num_threads(1)
-        os.environ.update(environment)
-
-    def wait_for(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + LONG
-        while not condition():
-            assert time.monotonic() < deadline, self.said()
-            time.sleep(0.02)
-
-    def wait_for_steps(self, n: int) -> None:
-        metrics = self.folder / "run" / "metrics.jsonl"
-        self.wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= n)
-
-    def wait_for_words(self, words: str) -> None:
-        self.wait_for(lambda: words in self.said())
-
-    def said(self) -> str:
-        return self.log.read_text() if self.log.exists() else ""
-
-    def send(self, signum: int) -> float:
-        os.kill(self.pid, signum)
-        return time.monotonic()
-
-    def status(self) -> int:
-        """The exit status, or minus the signal that ended it."""
-        status: list[int] = []
-
-        def ended() -> bool:
-            pid, code = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                status.append(os.waitstatus_to_exitcode(code))
-            return bool(pid)
-
-        self.wait_for(ended)
-        return status[0]
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
-    runs = []
-
-    def begin(*options: str, **how) -> Run:
-        runs.append(Run(tmp_path, *options, **how))
-        return runs[-1]
-
-    yield begin
-    for run in runs:
-        with suppress(ProcessLookupError):
-            os.killpg(run.pid, signal.SIGKILL)  # Its loaders as well.
-        with suppress(ChildProcessError):
-            os.waitpid(run.pid, 0)
-
-
-def steps_saved(folder: Path) -> int | None:
-    state = load_newest_checkpoint(folder / "run")
-    return None if state is None else state["step"]
+    with forks(tmp_path) as begin:
+        yield begin
 
 
 def readers_that_hang_on(flag: Path) -> Callable[[], None]:
@@ -212,35 +124,30 @@ def test_a_signal_before_the_first_step_ends_the_run(tmp_path, start) -> None:
     assert start().status() == 0
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def two_ranks(start: Callable[..., Run], *options: str, prepare: Callable[[], None] = lambda: None) -> list[Run]:
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    return [start(*options, environment=shared | {"RANK": str(rank)}, prepare=prepare) for rank in range(2)]
-
-
-def test_ranks_stop_together_while_one_waits_for_data(tmp_path, start) -> None:
-    """Rank 0 gets no signal."""
+@pytest.mark.parametrize(("size", "told", "signum"), [(2, 1, signal.SIGUSR2), (3, 0, signal.SIGTERM)])
+def test_ranks_stop_together_while_one_waits_for_data(size, told, signum, tmp_path, start) -> None:
+    """One rank alone gets a signal; all end with its status."""
     hang = readers_that_hang_on(tmp_path / "flag")
-    ranks = two_ranks(start, "--optim.steps", "100000", prepare=lambda: os.environ["RANK"] == "1" and hang())
+    options = ("--optim.steps", "100000", "--optim.batch_size", "12")
+    ranks = start_ranks(start, size, *options, prepare=lambda: os.environ["RANK"] == str(told) and hang())
     ranks[0].wait_for_steps(2)
     (tmp_path / "flag").touch()
-    ranks[1].wait_for_words("reading")
-    ranks[1].send(signal.SIGTERM)
-    assert [rank.status() for rank in ranks] == [143, 143], ranks[0].said()
-    assert "stopped by a signal on another rank" in ranks[0].said()
+    ranks[told].wait_for_words("reading")
+    began = ranks[told].send(signum)
+    assert [rank.status() for rank in ranks] == [128 + signum] * size, ranks[0].said()
+    assert time.monotonic() - began < 15
+    other = "" if told == 0 else " on another rank"
+    assert f"stopped by {signal.Signals(signum).name}{other} after step" in ranks[0].said()
     state = load_newest_checkpoint(tmp_path / "run")
     assert state["step"] == (tmp_path / "run" / "metrics.jsonl").read_text().count("\n")
-    assert [stream["layout"]["rank"] for stream in state["streams"]] == [0, 1]
+    assert [stream["layout"]["rank"] for stream in state["streams"]] == list(range(size))
 
 
 @pytest.mark.parametrize("end", [signal.SIGSTOP, signal.SIGKILL])
 def test_a_run_whose_other_rank_hangs_or_is_gone_stops_with_a_checkpoint(end, tmp_path, start) -> None:
-    ranks = two_ranks(start, "--optim.steps", "100000", "--run.stop_timeout", "1", "--run.checkpoint_every", "100000")
+    ranks = start_ranks(
+        start, 2, "--optim.steps", "100000", "--run.stop_timeout", "1", "--run.checkpoint_every", "100000"
+    )
     ranks[0].wait_for_steps(2)
     if end == signal.SIGKILL:
         ranks[0].send(signal.SIGSTOP)  # The signal comes before it finds the other gone.
