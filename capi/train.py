@@ -23,7 +23,7 @@ from capi.profiling import WARM_UP_STEPS, StepProfiler
 from capi.progress import Rates, announce, log_evaluation, log_step
 from capi.results import Results
 from capi.resume import Start, begin, run_folder, together
-from capi.saving import Checkpoints, Diverged, check_finite, goes_on_from
+from capi.saving import Checkpoints, Diverged, goes_on_from
 from capi.step import Trainer
 from capi.step_graph import graphs_obstacle
 from capi.stopping import Stopped, StopRequest
@@ -103,6 +103,7 @@ def _run_steps(
                 # Before the step is launched: a rank without data holds the others up where their state is whole.
                 if any_rank(stop.signum is not None):
                     checkpoints.save(step)
+                    checkpoints.finish()
                     bar.close()
                     name = signal.Signals(stop.signum).name if stop.signum else "a signal on another rank"
                     where = goes_on_from(run_dir, step) if world.is_main else "there"
@@ -120,7 +121,7 @@ def _run_steps(
                 if done % config.run.log_every == 0 or last:
                     log_step(trainer, result, step, statistics, rates, writer, bar)
                 if world.device.type == "cpu" or done % config.run.log_every == 0 or last:
-                    check_finite(trainer, run_dir, config.run.max_nan_steps if not last else 1)
+                    checkpoints.check_finite(config.run.max_nan_steps if not last else 1)
                 bar.update()
                 if done % config.run.checkpoint_every == 0 or last:
                     checkpoints.save(done)
@@ -137,7 +138,7 @@ def _run_steps(
 
 def _finish(config: Config, results: Results, run_dir: Path) -> int:
     """Writes the results, and returns the exit status: 1 where the last checkpoint could not be written."""
-    logger.info("wrote %s", ", ".join(map(str, results.write(at_the_end=True))))
+    logger.info("wrote %s", ", ".join(map(str, results.write())))
     if config.run.evaluate:
         results.compare()
     newest = newest_checkpoint(run_dir)
