@@ -184,7 +184,7 @@ def save_heads(path: Path, model: CAPI) -> None:
 
 def export_checkpoint(path: Path, encoder: Path, heads: Path, config: ModelConfig) -> None:
     """Writes the moving average and the heads of a checkpoint that has just been written, as the two above do."""
-    read = sharded_checkpoint.read_tensors(path, ("model.student_ema.", "model.teacher.head."))
+    read = sharded_checkpoint.read_tensors(path, ("model.student_ema.", "model.teacher.head.layer."))
     model = {name.removeprefix("model."): tensor for name, tensor in read.items()}
     ema = {name.removeprefix("student_ema."): x for name, x in model.items() if name.startswith("student_ema.")}
     _save_encoder(encoder, ema, config)
@@ -201,6 +201,6 @@ def _save_heads(path: Path, state: Mapping[str, Tensor]) -> None:
     heads = {
         name: tensor.detach().cpu().contiguous()
         for name, tensor in state.items()
-        if name.startswith(("teacher.head.", "student_ema.head."))
+        if name.startswith(("teacher.head.layer.", "student_ema.head."))
     }
     write_atomically(path, lambda file: save_file(heads, file))

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from capi import sharded_checkpoint
 from capi.checkpoint import checkpoints, load_checkpoint
 from capi.distributed import World, gather
-from capi.sharded_checkpoint import check_fit, load_into, read_state, read_tensors, saved_shapes, tensors_of
+from capi.sharded_checkpoint import check_fit, load_into, read_state, read_tensors, saved_shapes, shapes_of, tensors_of
 from capi.step import Trainer
 
 logger = logging.getLogger(__name__)
@@ -105,8 +105,7 @@ def check_fits(found: Found, trainer: Trainer, *, shared: bool) -> None:
     if found.path.suffix == "" and (shared or trainer.world.is_main):
         check_fit(saved_shapes(found.path), tensors)
     elif trainer.world.is_main:
-        whole = _of_earlier_version(found.content["trainer"], trainer)
-        check_fit({name: (tensor.shape, tensor.dtype) for name, tensor in whole.items()}, tensors)
+        check_fit(shapes_of(_of_earlier_version(found.content["trainer"], trainer)), tensors)
 
 
 @torch.no_grad()

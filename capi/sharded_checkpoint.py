@@ -220,12 +220,18 @@ def _fault(path: Path, name: str, expected: tuple[int, str]) -> tuple[str, str |
 
 
 def read_state(path: Path) -> dict:
-    """What `state.json` holds, after `check`. Keys that are whole numbers come back as such."""
+    """What `state.json` holds, after `check`; keys that are whole numbers come back as such. ValueError: it is none."""
 
     def with_numbers(pairs: dict) -> dict:
         return {int(key): value for key, value in pairs.items()} if pairs and all(map(str.isdecimal, pairs)) else pairs
 
-    return json.loads((path / STATE).read_text(), object_hook=with_numbers)
+    try:
+        state = json.loads((path / STATE).read_text(), object_hook=with_numbers)
+    except ValueError as error:
+        raise ValueError(f"it is damaged: its {STATE} is none") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"it is damaged: its {STATE} is none")
+    return state
 
 
 def read_tensors(path: Path, prefix: str | tuple[str, ...] = "") -> dict[str, Tensor]:
@@ -241,13 +247,17 @@ def read_tensors(path: Path, prefix: str | tuple[str, ...] = "") -> dict[str, Te
 
 def check_fit(saved: Mapping[str, tuple[torch.Size, torch.dtype]], tensors: Mapping[str, Tensor]) -> None:
     """Raises ValueError where names, shapes or types of what was saved are not those of these tensors."""
-    ours = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    ours = shapes_of(tensors)
     for name in sorted(saved.keys() ^ ours.keys()):
         raise ValueError(f"{name} is {'in the model' if name in ours else 'in the checkpoint'} alone")
     for name, expected in ours.items():
         if saved[name] != expected:
             (shape, dtype), (old_shape, old_dtype) = expected, saved[name]
             raise ValueError(f"{name} is {tuple(shape)} {dtype}, and saved is {tuple(old_shape)} {old_dtype}")
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
 def saved_shapes(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
