@@ -26,6 +26,7 @@ from capi.step import Trainer
 
 logger = logging.getLogger(__name__)
 
+_QUEUE = "model.teacher.head.queue."
 _LOOKS, _SECONDS_BETWEEN = 5, 0.2  # A network's file system may show a new file a little later.
 
 
@@ -99,19 +100,29 @@ def _check(path: Path, world: World, *, shared: bool) -> dict | None:
     return read_state(path) if world.is_main else None
 
 
-def check_fits(found: Found, trainer: Trainer, *, shared: bool) -> None:
-    """Raises ValueError where the tensors of a checkpoint are not those of this model."""
+def check_fits(found: Found, trainer: Trainer, *, shared: bool) -> set[str]:
+    """Which tensors are not to be loaded: those of a Sinkhorn queue that begins anew, as it has another size.
+
+    Raises ValueError where the other tensors of a checkpoint are not those of this model.
+    """
     tensors = tensors_of(trainer.model, trainer.optimizers)
-    if found.path.suffix == "" and (shared or trainer.world.is_main):
-        check_fit(saved_shapes(found.path), tensors)
-    elif trainer.world.is_main:
-        check_fit(shapes_of(_of_earlier_version(found.content["trainer"], trainer)), tensors)
+    if not (shared or trainer.world.is_main) or (found.path.suffix and not trainer.world.is_main):
+        return set()
+    old = found.path.suffix != ""
+    saved = shapes_of(_of_earlier_version(found.content["trainer"], trainer)) if old else saved_shapes(found.path)
+    ours = shapes_of(tensors)
+    queue = {name for name in saved.keys() | ours.keys() if name.startswith(_QUEUE)}
+    if all(saved.get(name) == ours.get(name) for name in queue):
+        queue = set()
+    check_fit(*({name: x for name, x in side.items() if name not in queue} for side in (saved, ours)))
+    return queue
 
 
 @torch.no_grad()
-def restore(found: Found, trainer: Trainer, *, shared: bool) -> None:
+def restore(found: Found, trainer: Trainer, left_out: set[str], *, shared: bool) -> None:
     """Loads a checkpoint that fits, on all ranks; leaves nothing of its memory in use."""
     tensors = tensors_of(trainer.model, trainer.optimizers)
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in left_out}
     if found.path.suffix == "" and shared:
         load_into(found.path, tensors, alone=trainer.world.size == 1)
     else:

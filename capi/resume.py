@@ -114,8 +114,8 @@ def begin(trainer: Trainer, folder: RunFolder | None) -> Start:
     fingerprint = together(lambda: stream.fingerprint if stream and folder else None)
     changes = together(lambda: _permitted_changes(config, saved, everyone[0], fingerprint) if folder else {})
     if found is not None:
-        together(lambda: _check_fits(found, trainer, step, shared=shared))
-        restore(found, trainer, shared=shared)
+        left_out = gather(together(lambda: _check_fits(found, trainer, step, shared=shared)))[0]
+        restore(found, trainer, left_out, shared=shared)
     together(lambda: _take_over(folder, trainer, saved, changes) if folder else None)
     return Start(step, None if finished else stream, fingerprint, shared)
 
@@ -242,9 +242,9 @@ def _check_weights_are_whole(trainer: Trainer) -> None:
         )
 
 
-def _check_fits(found: Found, trainer: Trainer, step: int, *, shared: bool) -> None:
+def _check_fits(found: Found, trainer: Trainer, step: int, *, shared: bool) -> set[str]:
     try:
-        check_fits(found, trainer, shared=shared)
+        return check_fits(found, trainer, shared=shared)
     except (KeyError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"the checkpoint of step {step} does not fit this model: {reason}") from error

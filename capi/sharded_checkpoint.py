@@ -35,10 +35,12 @@ from capi.atomic import first_cause, sync_directory, write_atomically
 # Of a process by itself, which is what is meant.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
 
+Shape = tuple[torch.Size, torch.dtype]
+
 FORMAT = 1
 """Of the folder; another one is refused."""
 MANIFEST, STATE = "manifest.json", "state.json"
-_BYTES_PER_FILE = 2**27  # of each rank: what is written is copied once more, a file at a time
+_BYTES_PER_FILE = 2**26  # of each rank: a file at a time is copied once more, while no other thread may run
 _READERS = 4  # threads that hash files: a single one is slower than most disks
 
 
@@ -245,9 +247,8 @@ def read_tensors(path: Path, prefix: str | tuple[str, ...] = "") -> dict[str, Te
     return tensors
 
 
-def check_fit(saved: Mapping[str, tuple[torch.Size, torch.dtype]], tensors: Mapping[str, Tensor]) -> None:
-    """Raises ValueError where names, shapes or types of what was saved are not those of these tensors."""
-    ours = shapes_of(tensors)
+def check_fit(saved: Mapping[str, Shape], ours: Mapping[str, Shape]) -> None:
+    """Raises ValueError where names, shapes or types of what was saved are not ours."""
     for name in sorted(saved.keys() ^ ours.keys()):
         raise ValueError(f"{name} is {'in the model' if name in ours else 'in the checkpoint'} alone")
     for name, expected in ours.items():
@@ -256,11 +257,11 @@ def check_fit(saved: Mapping[str, tuple[torch.Size, torch.dtype]], tensors: Mapp
             raise ValueError(f"{name} is {tuple(shape)} {dtype}, and saved is {tuple(old_shape)} {old_dtype}")
 
 
-def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
     return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
-def saved_shapes(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+def saved_shapes(path: Path) -> dict[str, Shape]:
     saved = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     return {name: (x.size, x.properties.dtype) for name, x in saved.items()}
 

@@ -35,7 +35,7 @@ from capi.checkpoint import (
     save_checkpoint,
 )
 from capi.distributed import World
-from capi.restore import _hand_out, all_see
+from capi.restore import _hand_out, all_see, check_fits, find_newest, restore
 from capi.resume import Start
 from capi.saving import Checkpoints
 from capi.sharded_checkpoint import check, load_into, part_of_rank, tensors_of
@@ -207,6 +207,23 @@ def test_ranks_know_whether_they_see_one_folder(tmp_path) -> None:
     ranks = Ranks(tmp_path, 2, work)
     assert ranks.statuses() == [0, 0], ranks.said()
     assert ranks.said().split() == ["True", "False", "False"] * 2
+
+
+@pytest.mark.parametrize(("sizes", "left_out"), [((3, 3), False), ((3, 4), True), ((3, 0), True), ((0, 3), True)])
+def test_a_queue_of_another_size_begins_anew(sizes, left_out, tmp_path) -> None:
+    trainers = []
+    for size in sizes:
+        trainers.append(Trainer(load_tiniest(tmp_path), World(0, 1, torch.device("cpu"))))
+        if size:
+            trainers[-1].model.teacher["head"].queue = nn.Module()
+            trainers[-1].model.teacher["head"].queue.register_buffer("features", torch.full((size,), float(size)))
+    save(tmp_path, 1, tensors_of(trainers[0].model, trainers[0].optimizers), 0, 1)
+    found = find_newest(tmp_path, trainers[1].world, shared=True)
+    names = check_fits(found, trainers[1], shared=True)
+    assert names == ({"model.teacher.head.queue.features"} if left_out else set())
+    restore(found, trainers[1], names, shared=True)
+    if sizes[1]:
+        assert (trainers[1].model.teacher["head"].queue.features == sizes[1]).all()
 
 
 @contextmanager
