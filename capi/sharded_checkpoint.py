@@ -185,7 +185,7 @@ def check(path: Path, part: int = 0, parts: int = 1) -> None:
                 raise ValueError(f"it is damaged: {name} {fault}")
 
 
-def _files_of_manifest(path: Path) -> dict[str, dict]:
+def _files_of_manifest(path: Path) -> dict[str, tuple[int, str]]:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         if manifest["format"] != FORMAT:

@@ -1,9 +1,9 @@
 import os
 import resource
+import shutil
 import signal
-import subprocess
-import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -137,6 +137,15 @@ def test_checkpoints_of_earlier_versions_are_counted_with_the_others(tmp_path) -
     assert load_newest_checkpoint(tmp_path)["step"] == 3
 
 
+def test_a_checkpoint_that_is_removed_in_part_is_none(tmp_path, monkeypatch) -> None:
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, {"step": step}, keep=2)
+    monkeypatch.setattr(shutil, "rmtree", lambda _: None)  # as where a kill comes in between
+    save_checkpoint(tmp_path, 3, {"step": 3}, keep=2)
+    assert [step_of(path) for path in checkpoints(tmp_path)] == [2, 3]
+    assert (tmp_path / "checkpoints" / ".step_000000001.old.tmp").is_dir()
+
+
 def test_what_is_set_aside_takes_no_others_place(tmp_path) -> None:
     for n in range(3):
         save_checkpoint(tmp_path, 2, {"step": 2, "n": n}, keep=1)
@@ -166,30 +175,34 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tmp_path, caplo
     assert f"step_000000002 cannot be read, trying the one before: it is damaged: {file.name} has 500" in caplog.text
 
 
+def save_without_end(run_dir: Path, step: int) -> None:
+    try:
+        while True:
+            step += 1
+            state = {"step": step, "trainer": {"x": torch.full((200_000,), step)}}
+            save_checkpoint(run_dir, step, state, keep=1)
+    finally:
+        os._exit(1)
+
+
 def test_a_kill_at_any_instant_leaves_a_good_checkpoint(tmp_path) -> None:
-    program = (
-        "import sys, torch\n"
-        "from pathlib import Path\n"
-        "from capi.checkpoint import save_checkpoint\n"
-        "step = int(sys.argv[2])\n"
-        "while True:\n"
-        "    step += 1\n"
-        "    x = torch.full((200_000,), step)\n"
-        "    save_checkpoint(Path(sys.argv[1]), step, {'step': step, 'trainer': {'x': x}}, keep=1)\n"
-    )
     reached = 0
     for delay in (0.0, 0.013, 0.029, 0.041):
-        process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path), str(reached)])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of the threads of pytest-xdist.
+            child = os.fork()
+        if child == 0:
+            save_without_end(tmp_path, reached)
         try:
             deadline = time.monotonic() + 60
-            while (newest := newest_checkpoint(tmp_path)) is None or newest.name <= f"step_{reached:09d}.pt":
+            while (newest := newest_checkpoint(tmp_path)) is None or step_of(newest) <= reached:
                 assert time.monotonic() < deadline, "no checkpoint was written"
-                assert process.poll() is None
                 time.sleep(0.005)
             time.sleep(delay)
         finally:
-            os.kill(process.pid, signal.SIGKILL)
-            process.wait()
+            os.kill(child, signal.SIGKILL)
+            _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL, "it ended before"
         state = load_newest_checkpoint(tmp_path)
         assert state is not None
         assert state["step"] > reached

@@ -36,6 +36,7 @@ from capi.checkpoint import (
 )
 from capi.distributed import World
 from capi.restore import _hand_out, all_see, check_fits, find_newest, restore
+from capi.results import Results
 from capi.resume import Start
 from capi.saving import Checkpoints
 from capi.sharded_checkpoint import check, load_into, part_of_rank, tensors_of
@@ -224,6 +225,19 @@ def test_a_queue_of_another_size_begins_anew(sizes, left_out, tmp_path) -> None:
     restore(found, trainers[1], names, shared=True)
     if sizes[1]:
         assert (trainers[1].model.teacher["head"].queue.features == sizes[1]).all()
+
+
+def test_a_restored_model_shares_the_rotary_tables_that_its_own_weights_allow(tmp_path) -> None:
+    trainers = [Trainer(load_tiniest(tmp_path), World(0, 1, torch.device("cpu"))) for _ in range(2)]
+    assert trainers[1].model.student_ema.backbone.encoder.shares_tables
+    with torch.no_grad():
+        for name, parameter in trainers[0].model.named_parameters():
+            if name.startswith("student_ema.backbone.encoder") and name.endswith("rope.freqs"):
+                parameter += torch.arange(parameter.numel()).view_as(parameter)
+    allowed = trainers[0].model.student_ema.backbone.encoder.have_equal_frequencies()
+    save(tmp_path, 1, tensors_of(trainers[0].model, trainers[0].optimizers), 0, 1)
+    restore(find_newest(tmp_path, trainers[1].world, shared=True), trainers[1], set(), shared=True)
+    assert trainers[1].model.student_ema.backbone.encoder.shares_tables == allowed
 
 
 @contextmanager
@@ -443,10 +457,8 @@ def checkpoints_of(tmp_path) -> Checkpoints:
     trainer = Trainer(load_tiniest(tmp_path), World(0, 1, torch.device("cpu")))
     (tmp_path / "run").mkdir()
 
-    class NoResults:
-        draw = export = staticmethod(lambda *_: None)
-
-    saves = Checkpoints(trainer, Start(0, None, None, True), tmp_path / "run", NoResults())
+    run_dir = tmp_path / "run"
+    saves = Checkpoints(trainer, Start(0, None, None, True), run_dir, Results(trainer, run_dir))
     saves.streams = [{"step": step, "cursors": {0: [1, 2], 1: [3, 4]}} for step in range(5)]
     return saves
 
@@ -491,3 +503,17 @@ def test_a_rank_that_has_but_a_part_of_the_weights_saves_nothing_alone(
     checkpoints_of.save_alone()
     assert not (tmp_path / "run" / "checkpoints").exists()
     assert "step 2 is not saved: no rank by itself has all of its weights" in caplog.text
+
+
+def test_a_step_that_all_ranks_failed_to_save_is_saved_alone(checkpoints_of, tmp_path, monkeypatch, caplog) -> None:
+    def fail(*_, **__) -> None:
+        raise OSError("step_000000001 could not be written: rank 1: gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(saving, "save_checkpoint", fail)
+        checkpoints_of.save(1)
+        checkpoints_of.finish()
+    assert "rank 1: gone; the newest checkpoint: none" in caplog.text
+    checkpoints_of.trainer.steps_done = 1
+    checkpoints_of.save_alone()
+    assert load_newest_checkpoint(tmp_path / "run")["step"] == 1
