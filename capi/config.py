@@ -190,7 +190,8 @@ class RunConfig:
     """Where and how a run executes; should not change its results beyond rounding."""
 
     output_dir: str = "runs/capi"
-    """Run folder: configuration, metrics, checkpoints, encoder, pictures. One process uses it: of several, rank 0."""
+    """Run folder: configuration, metrics, checkpoints, encoder, pictures. Of several processes rank 0 keeps it; where
+    all see it, each writes its part of the checkpoints."""
     resume: bool = True
     """Go on from the newest checkpoint of the run folder, if there is one; off moves what is there to DIR.1 (or .2 ...)
     and starts anew."""
@@ -221,7 +222,7 @@ class RunConfig:
     """Where else these lines go: wandb (its own WANDB_PROJECT, WANDB_MODE ...) and mlflow (MLFLOW_TRACKING_URI,
     MLFLOW_EXPERIMENT_NAME ...), of extras of these names."""
     checkpoint_every: int = 1000
-    """Steps between two checkpoints."""
+    """Steps between two checkpoints, which are written while training goes on."""
     keep_checkpoints: int = 3
     """Checkpoints that are kept."""
     profile: int = 0

@@ -162,7 +162,7 @@ def _find(name: str | Path, weights: str) -> Path:
         raise ValueError(f"{name} has the moving average alone: expected a run for its student or its prototypes")
     try:
         path = find_file(Path(name), weights)
-        found = path.is_file()
+        found = path.is_file() or path.is_dir()  # of a checkpoint
     except (OSError, RuntimeError) as error:  # a name too long, a home that is not known
         raise ValueError(f"{str(name)[:200]} cannot be read: {error}") from error
     if not found:

@@ -1,7 +1,6 @@
 """What a run leaves for its reader: the encoder, pictures of how far it is, and the comparison on held-out scenes."""
 
 import logging
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import nullcontext
@@ -10,7 +9,9 @@ from pathlib import Path
 import torch
 import yaml
 
-from capi.checkpoint import save_encoder, save_heads, write_atomically
+from capi.atomic import write_atomically
+from capi.background import in_background
+from capi.checkpoint import export_checkpoint, save_encoder, save_heads
 from capi.data import evaluation_images
 from capi.evaluate import evaluate_synthetic, format_table
 from capi.model import CAPI
@@ -30,10 +31,11 @@ class Results:
 
     def __init__(self, trainer: Trainer, run_dir: Path):
         self._trainer, self._run_dir = trainer, run_dir
+        self._encoder, self._heads = run_dir / "encoder.safetensors", run_dir / "heads.safetensors"
         self._images: Future | None = None
 
-    def write(self, model: CAPI, *, at_the_end: bool = False) -> list[Path]:
-        """Writes the encoder and, with `run.evaluate`, the pictures; those may fail, with a line in the log.
+    def write(self, model: CAPI) -> list[Path]:
+        """Writes, at the end, the encoder and, with `run.evaluate`, the pictures.
 
         Args:
             model: the trainer's, as `whole_average` gives it.
@@ -44,16 +46,23 @@ class Results:
         Raises:
             OSError: the encoder or the heads could not be written.
         """
-        config, encoder = self._trainer.config, self._run_dir / "encoder.safetensors"
-        heads = self._run_dir / "heads.safetensors"
-        save_encoder(encoder, model.student_ema, config.model)
-        save_heads(heads, model)
-        if not config.run.evaluate:
-            return [encoder, heads]
+        save_encoder(self._encoder, model.student_ema, self._trainer.config.model)
+        save_heads(self._heads, model)
+        return [self._encoder, self._heads, *self.draw(model, at_the_end=True)]
+
+    def export(self, checkpoint: Path) -> None:
+        """Writes the encoder of a checkpoint, from its files: in any thread. Raises OSError as `write`."""
+        export_checkpoint(checkpoint, self._encoder, self._heads, self._trainer.config.model)
+
+    def draw(self, model: CAPI, *, at_the_end: bool = False) -> list[Path]:
+        """Draws the pictures with `run.evaluate`, and returns those drawn; one may fail, with a line in the log.
+
+        The model is as for `write`.
+        """
+        if not self._trainer.config.run.evaluate:
+            return []
         patience = _PATIENCE_AT_THE_END if at_the_end else _PATIENCE
         return [
-            encoder,
-            heads,
             *self._draw("curves.png", lambda png: plot_curves([self._run_dir], png)),
             *self._draw("features.png", lambda png: self._plot_features(model, png, patience)),
         ]
@@ -81,7 +90,7 @@ class Results:
 
     def _plot_features(self, model: CAPI, png: Path, patience: float) -> None:
         if self._images is None:
-            self._images = _in_background(lambda: evaluation_images(self._trainer.config, _N_PICTURES))
+            self._images = in_background(lambda: evaluation_images(self._trainer.config, _N_PICTURES))
         try:
             images = self._images.result(timeout=patience)
         except TimeoutError as error:
@@ -98,17 +107,3 @@ class Results:
             maps = [feature_map(backbone, picture, patch_size, finer=finer) for picture in pictures]
         encoder = f"Encoder of {self._run_dir}. "
         draw_pca(pictures, maps, cell=patch_size // finer, encoder=encoder).save(png, format="PNG")
-
-
-def _in_background(work: Callable[[], object]) -> Future:
-    """The result of `work`, in a thread that does not keep the process from its end."""
-    future = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future

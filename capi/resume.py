@@ -1,6 +1,7 @@
 """How a run starts: which checkpoint all ranks go on from, what may have changed since, and what is moved aside.
 
-The run folder is rank 0's: no other rank reads or writes it, so that it may lie on a disk of that node alone.
+The run folder is rank 0's, and may lie on a disk of its node alone. Where all ranks see it they read and write its
+checkpoints together; of the rest in it no other rank reads or writes anything.
 """
 
 import json
@@ -16,15 +17,12 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from capi.checkpoint import (
-    load_newest_checkpoint,
-    remove_stale_temporaries,
-    set_newer_aside,
-    write_atomically,
-)
+from capi.atomic import write_atomically
+from capi.checkpoint import remove_stale_temporaries, set_newer_aside
 from capi.config import Config, to_yaml
 from capi.data import ImageStream
 from capi.distributed import World, gather
+from capi.restore import Found, all_see, check_fits, find_newest, restore
 from capi.run_folder import RunFolder
 from capi.step import Trainer
 
@@ -84,6 +82,8 @@ class Start:
     """This rank's images from there on; None when all steps are done."""
     data_fingerprint: str | None
     """Of rank 0's images; None there where it is not known, and on the other ranks."""
+    shared: bool
+    """Whether all ranks see the run folder, and read and write checkpoints together."""
 
 
 def begin(trainer: Trainer, folder: RunFolder | None) -> Start:
@@ -94,13 +94,16 @@ def begin(trainer: Trainer, folder: RunFolder | None) -> Start:
 
     Raises:
         ValueError: as `together`: the folder holds a run of another configuration or of other images and
-            `run.allow_changes` does not name what changed, or ranks differ in what they were started with.
+            `run.allow_changes` does not name what changed, ranks differ in what they were started with, or weights
+            are spread over ranks that do not see rank 0's folder.
     """
     config, world = trainer.config, trainer.world
-    checkpoint = None
-    if config.run.resume:
-        checkpoint = together(lambda: load_newest_checkpoint(folder.path) if folder else None)
-    saved = gather(checkpoint and {key: value for key, value in checkpoint.items() if key != "trainer"})[0]
+    run_dir = Path(config.run.output_dir)
+    shared = all_see(run_dir, world)
+    together(lambda: None if shared or folder is None else _check_weights_are_whole(trainer))
+    found = together(lambda: find_newest(run_dir, world, shared=shared)) if config.run.resume else None
+    content = found and found.content
+    saved = gather(content and {key: value for key, value in content.items() if key != "trainer"})[0]
     step = saved["step"] if saved else 0
     everyone = gather(described(trainer))
     together(lambda: _check_ranks_agree(everyone))
@@ -110,11 +113,11 @@ def begin(trainer: Trainer, folder: RunFolder | None) -> Start:
     # That of rank 0 is asked for alone: of millions of files it takes a while.
     fingerprint = together(lambda: stream.fingerprint if stream and folder else None)
     changes = together(lambda: _permitted_changes(config, saved, everyone[0], fingerprint) if folder else {})
-    together(lambda: _load(trainer, checkpoint) if checkpoint else None)
-    if saved:
-        _hand_out(trainer)
+    if found is not None:
+        left_out = gather(together(lambda: _check_fits(found, trainer, step, shared=shared)))[0]
+        restore(found, trainer, left_out, shared=shared)
     together(lambda: _take_over(folder, trainer, saved, changes) if folder else None)
-    return Start(step, None if finished else stream, fingerprint)
+    return Start(step, None if finished else stream, fingerprint, shared)
 
 
 def described(trainer: Trainer) -> dict:
@@ -235,48 +238,20 @@ def _short(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _load(trainer: Trainer, checkpoint: dict) -> None:
-    """Leaves nothing of the checkpoint's memory in use, and the settings of the optimisers as configured."""
-    settings = [[dict(group) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
+def _check_weights_are_whole(trainer: Trainer) -> None:
+    if trainer.sharded:
+        raise ValueError(
+            "weights are spread over the ranks, and not all of these see rank 0's run folder and may write to it; "
+            f"expected a run.output_dir on a file system that they share, got {trainer.config.run.output_dir}"
+        )
+
+
+def _check_fits(found: Found, trainer: Trainer, step: int, *, shared: bool) -> set[str]:
     try:
-        trainer.load_state_dict(checkpoint["trainer"])
+        return check_fits(found, trainer, shared=shared)
     except (KeyError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"the checkpoint of step {checkpoint['step']} does not fit this model: {reason}") from error
-    for optimizer, groups in zip(trainer.optimizers, settings, strict=True):
-        for loaded, configured in zip(optimizer.param_groups, groups, strict=True):
-            loaded.update({key: value for key, value in configured.items() if key != "params"})
-        for state in optimizer.state.values():
-            # On a CPU the optimiser has taken the mapped tensors themselves.
-            state.update({key: value.clone() for key, value in state.items() if value.device.type == "cpu"})
-
-
-def _hand_out(trainer: Trainer) -> None:
-    """Rank 0's weights and optimiser states to the other ranks."""
-    if trainer.world.size == 1:
-        return
-    for tensor in trainer.model.state_dict().values():
-        dist.broadcast(tensor, 0)
-    for optimizer in trainer.optimizers:
-        saved = optimizer.state_dict()
-        shapes = {
-            index: {name: (tuple(value.shape), value.dtype, value.device.type) for name, value in state.items()}
-            for index, state in saved["state"].items()
-        }
-        shapes = gather(shapes)[0]
-        if not trainer.world.is_main:
-            empty = {
-                index: {
-                    name: torch.empty(shape, dtype=dtype, device=trainer.world.device if kind != "cpu" else kind)
-                    for name, (shape, dtype, kind) in state.items()
-                }
-                for index, state in shapes.items()
-            }
-            optimizer.load_state_dict({**saved, "state": empty})
-        states = optimizer.state_dict()["state"]
-        for index, state in shapes.items():
-            for name in state:
-                dist.broadcast(states[index][name], 0)
+        raise ValueError(f"the checkpoint of step {step} does not fit this model: {reason}") from error
 
 
 def _take_over(folder: RunFolder, trainer: Trainer, saved: dict | None, changes: Changes) -> None:

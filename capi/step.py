@@ -76,7 +76,7 @@ class Trainer:
         self.updating = Lock()
         """Held while the state changes: who holds it finds it whole."""
         self._graph: StepGraph | None = None
-        self._share_tables()
+        self.share_tables()
         # On a CPU the product and the sum are as fast apart.
         self.model.student_ema.backbone.encoder.in_place = world.device.type == "cuda"
         for backbone in (self.model.student.backbone, self.model.student_ema.backbone):
@@ -243,9 +243,9 @@ class Trainer:
         student, clustering = self.optimizers
         student.load_state_dict(state["student_optimizer"])
         clustering.load_state_dict(state["clustering_optimizer"])
-        self._share_tables()
+        self.share_tables()
 
-    def _share_tables(self) -> None:
+    def share_tables(self) -> None:
         """Has the teacher make one pair of rotary tables for all images and layers, as far as its weights allow."""
         encoder = self.model.student_ema.backbone.encoder
         if (same := encoder.have_equal_frequencies()) != encoder.shares_tables:

@@ -26,7 +26,7 @@ from capi.progress import Rates, announce, log_evaluation, log_step
 from capi.provenance import record_start
 from capi.results import Results
 from capi.resume import Start, begin, run_folder, together
-from capi.saving import Checkpoints, Diverged, check_finite, goes_on_from
+from capi.saving import Checkpoints, Diverged, goes_on_from
 from capi.sharding import whole_average
 from capi.step import Trainer
 from capi.step_graph import graphs_obstacle
@@ -121,6 +121,7 @@ def _run_steps(
                 if signum := largest(stop.signum or 0):
                     with trainer.host.phase("checkpoint"):
                         checkpoints.save(step)
+                        checkpoints.finish()
                     bar.close()
                     name = signal.Signals(signum).name + ("" if stop.signum else " on another rank")
                     where = goes_on_from(run_dir, step) if world.is_main else "there"
@@ -138,7 +139,7 @@ def _run_steps(
                 if done % config.run.log_every == 0 or last:
                     log_step(trainer, result, step, statistics, rates, writer, bar)
                 if world.device.type == "cpu" or done % config.run.log_every == 0 or last:
-                    check_finite(trainer, run_dir, config.run.max_nan_steps if not last else 1)
+                    checkpoints.check_finite(config.run.max_nan_steps if not last else 1)
                 bar.update()
                 if done % config.run.checkpoint_every == 0 or last:
                     with trainer.host.phase("checkpoint"):
@@ -156,7 +157,7 @@ def _run_steps(
 
 def _finish(config: Config, results: Results, model: CAPI, run_dir: Path) -> int:
     """Writes the results, and returns the exit status: 1 where the last checkpoint could not be written."""
-    logger.info("wrote %s", ", ".join(map(str, results.write(model, at_the_end=True))))
+    logger.info("wrote %s", ", ".join(map(str, results.write(model))))
     if config.run.evaluate:
         results.compare(model)
     newest = newest_checkpoint(run_dir)

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from capi.checkpoint import newest_checkpoint
+from capi.checkpoint import is_checkpoint, load_checkpoint, newest_checkpoint
 from capi.config import ModelConfig, config_of
 
 EXPORTS = ("encoder.safetensors", "model.safetensors")
@@ -72,13 +72,13 @@ def find_file(path: Path, weights: str = "ema") -> Path:
     A student stands in checkpoints alone.
     """
     path = path.expanduser()
-    if not path.is_dir():
+    if not path.is_dir() or is_checkpoint(path):
         return path
     exports = [path / name for name in EXPORTS if (path / name).is_file() and weights == "ema"]
     newest = newest_checkpoint(path.parent if path.name == "checkpoints" else path)
     found = [*exports, *([] if newest is None else [newest])]
     if not found:
-        expected = "encoder.safetensors or checkpoints/step_*.pt" if weights == "ema" else "checkpoints/step_*.pt"
+        expected = "encoder.safetensors or checkpoints/step_*" if weights == "ema" else "checkpoints/step_*"
         raise ValueError(f"expected {expected} in {path}, found n{'either' if weights == 'ema' else 'one'}")
     return found[0]
 
@@ -151,8 +151,10 @@ def _compare(stated: Mapping, shape: ModelConfig, failure: str) -> None:
 
 
 def _load(path: Path) -> tuple[object, dict[str, str]]:
-    """What a file of safetensors or of torch.save holds, and the former's metadata."""
+    """What a file of safetensors or of torch.save holds, and the former's metadata; of a checkpoint the model alone."""
     try:
+        if path.is_dir():
+            return load_checkpoint(path, "model."), {}
         with path.open("rb") as file:
             start = file.read(64)
         if start[8:9] == b"{":  # after the length of a header of safetensors, which may look like text

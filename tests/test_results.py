@@ -16,6 +16,7 @@ from tiny_runs import metrics_of, tiniest
 
 from capi import pretrained, results
 from capi.checkpoint import checkpoints, load_newest_checkpoint
+from capi.saving import Checkpoints
 from capi.step import Trainer
 from capi.train import main
 
@@ -49,6 +50,18 @@ def before_step(monkeypatch) -> Callable[[int, Callable[[], object]], None]:
     return register
 
 
+@pytest.fixture
+def saved_at_once(monkeypatch) -> None:
+    """Has a run wait for each of its checkpoints."""
+    save = Checkpoints.save
+
+    def save_and_wait(self, step: int) -> None:
+        save(self, step)
+        self.finish()
+
+    monkeypatch.setattr(Checkpoints, "save", save_and_wait)
+
+
 def stop() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
@@ -63,6 +76,7 @@ def assert_encoder_is_of_the_checkpoint(run_dir: Path) -> None:
     assert all(torch.equal(tensor, saved[name]) for name, tensor in heads.items())
 
 
+@pytest.mark.usefixtures("saved_at_once")
 def test_encoder_and_pictures_are_there_at_every_checkpoint(arguments, run_dir, before_step) -> None:
     seen = {}
     before_step(4, lambda: seen.update({p.name: p.read_bytes() for p in run_dir.iterdir() if p.is_file()}))
@@ -133,7 +147,7 @@ def unlimited_afterwards():
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.usefixtures("unlimited_afterwards")
+@pytest.mark.usefixtures("unlimited_afterwards", "saved_at_once")
 def test_a_run_goes_on_while_the_disk_is_full_and_saves_again_later(arguments, run_dir, before_step, caplog) -> None:
     arguments = [*arguments, "--run.checkpoint_every", "1", "--run.keep_checkpoints", "1", "--run.evaluate", "false"]
     seen = []
@@ -142,17 +156,17 @@ def test_a_run_goes_on_while_the_disk_is_full_and_saves_again_later(arguments, r
     before_step(4, lambda: limit_files(resource.RLIM_INFINITY))
     assert main(arguments) == 0
     errors = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
-    newest = run_dir / "checkpoints" / "step_000000002.pt"
+    newest = run_dir / "checkpoints" / "step_000000002"
     for step in (3, 4):
-        path = run_dir / "checkpoints" / f"step_{step:09d}.pt"
+        path = run_dir / "checkpoints" / f"step_{step:09d}"
         assert f"{path} could not be written: File too large; the newest checkpoint: {newest}" in errors
     assert all("\n" not in error for error in errors)
-    assert seen == [["step_000000002.pt"]]
-    assert [path.name for path in checkpoints(run_dir)] == ["step_000000006.pt"]
+    assert seen == [["step_000000002"]]
+    assert [path.name for path in checkpoints(run_dir)] == ["step_000000006"]
     assert {0, 1, 4, 5} <= {line["step"] for line in metrics_of(run_dir)}
 
 
-@pytest.mark.usefixtures("unlimited_afterwards")
+@pytest.mark.usefixtures("unlimited_afterwards", "saved_at_once")
 def test_a_stop_that_cannot_be_saved_says_from_where_it_goes_on(arguments, before_step, caplog) -> None:
     before_step(4, lambda: limit_files(2000))
     before_step(4, stop)
@@ -160,12 +174,12 @@ def test_a_stop_that_cannot_be_saved_says_from_where_it_goes_on(arguments, befor
     assert "stopped by SIGTERM after step 5; the same command goes on from step 3" in caplog.text
 
 
-@pytest.mark.usefixtures("unlimited_afterwards")
+@pytest.mark.usefixtures("unlimited_afterwards", "saved_at_once")
 def test_a_last_checkpoint_that_cannot_be_written_is_no_success(arguments, run_dir, before_step) -> None:
     """The encoder, which is smaller, may fit all the same."""
-    before_step(5, lambda: limit_files(checkpoints(run_dir)[0].stat().st_size - 1000))
+    before_step(5, lambda: limit_files(max(x.stat().st_size for x in checkpoints(run_dir)[0].iterdir()) - 1000))
     assert main([*arguments, "--run.evaluate", "false"]) == 1
-    assert [path.name for path in checkpoints(run_dir)] == ["step_000000003.pt"]
+    assert [path.name for path in checkpoints(run_dir)] == ["step_000000003"]
     saved = load_newest_checkpoint(run_dir)["trainer"]["model"]
     exported = pretrained.load(run_dir / "encoder.safetensors").state_dict()
     assert any(not torch.equal(tensor, saved[f"student_ema.backbone.{name}"]) for name, tensor in exported.items())

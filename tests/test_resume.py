@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from tiny_runs import assert_equal_states, metrics_of, tiniest
+from tiny_runs import as_earlier_version, assert_equal_states, metrics_of, tiniest
 
 from capi.checkpoint import checkpoints, load_newest_checkpoint
 from capi.data import ImageStream
@@ -75,11 +75,17 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def damage(path: Path) -> None:
+def damage(checkpoint: Path) -> None:
     """One bit, in the middle of the weights."""
+    path = max(checkpoint.iterdir(), key=lambda path: path.stat().st_size)
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
+
+
+def remove_checkpoints(run_dir: Path) -> None:
+    shutil.rmtree(run_dir / "checkpoints")
+    (run_dir / "encoder.safetensors").unlink()
 
 
 # A folder in which an earlier run lies.
@@ -130,7 +136,7 @@ def test_checkpoints_that_cannot_be_read_for_another_reason_are_no_fresh_start(a
     def fail(*_, **__) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("capi.checkpoint.torch.load", fail)
+    monkeypatch.setattr("capi.sharded_checkpoint.hashlib.file_digest", fail)
     before = contents(run_dir)
     assert main(arguments) == 1
     assert "error: [Errno 5] Input/output error" in capsys.readouterr().err
@@ -141,12 +147,12 @@ def test_a_damaged_newest_checkpoint_costs_no_later_one(arguments, run_dir, capl
     often = [*arguments, "--run.checkpoint_every", "1", "--run.keep_checkpoints", "2"]
     stopped_in_step(3, often)
     damage(checkpoints(run_dir)[-1])
-    damaged = checkpoints(run_dir)[-1].read_bytes()
+    damaged = contents(checkpoints(run_dir)[-1])
     stopped_in_step(3, [*arguments, "--run.checkpoint_every", "5", "--run.keep_checkpoints", "1"])
     assert steps_of(run_dir) == [4]
     assert load_newest_checkpoint(run_dir) is not None
-    assert (run_dir / "checkpoints" / "step_000000004.pt.damaged").read_bytes() == damaged
-    assert "step_000000004.pt cannot be read" in caplog.text
+    assert contents(run_dir / "checkpoints" / "step_000000004.damaged") == damaged
+    assert "step_000000004 cannot be read" in caplog.text
 
 
 @pytest.mark.usefixtures("finished")
@@ -172,12 +178,10 @@ def test_a_run_that_cannot_start_moves_nothing(arguments, run_dir, option, tmp_p
 
 @pytest.mark.usefixtures("finished")
 def test_a_run_killed_before_its_first_checkpoint_starts_again_in_its_folder(arguments, run_dir, tmp_path) -> None:
-    for path in [*checkpoints(run_dir), run_dir / "encoder.safetensors"]:
-        path.unlink()
+    remove_checkpoints(run_dir)
     assert main(arguments) == 0
     assert not (tmp_path / "run.1").exists()
-    for path in [*checkpoints(run_dir), run_dir / "encoder.safetensors"]:
-        path.unlink()
+    remove_checkpoints(run_dir)
     before = metrics_of(run_dir)
     assert main([*arguments, "--run.seed", "3"]) == 0
     assert metrics_of(tmp_path / "run.1") == before
@@ -256,13 +260,22 @@ def test_all_changes_are_named_at_once_and_a_group_may_be_allowed(arguments, cap
 
 
 @pytest.mark.usefixtures("stopped")
-def test_allowed_changes_of_the_optimiser_take_effect(arguments, run_dir) -> None:
-    """A loaded optimiser brings the settings that it was saved with."""
+@pytest.mark.parametrize("earlier", [False, True])
+def test_allowed_changes_of_the_optimiser_take_effect(arguments, run_dir, earlier, monkeypatch) -> None:
+    """The optimiser in a file of an earlier version brings the settings that it was saved with."""
+    if earlier:
+        as_earlier_version(run_dir)
+    groups, step = [], Trainer.step
+
+    def look(self, *rest):
+        groups.extend(self.optimizers[0].param_groups)
+        return step(self, *rest)
+
+    monkeypatch.setattr(Trainer, "step", look)
     options = ["--optim.weight_decay", "0.7", "--optim.betas", "[0.5, 0.6]"]
     assert main([*arguments, *options, "--run.allow_changes", "[optim]"]) == 0
-    state = load_newest_checkpoint(run_dir)["trainer"]["student_optimizer"]
-    assert {group["betas"] for group in state["param_groups"]} == {(0.5, 0.6)}
-    assert max(group["weight_decay"] for group in state["param_groups"]) == 0.7
+    assert {group["betas"] for group in groups} == {(0.5, 0.6)}
+    assert max(group["weight_decay"] for group in groups) == 0.7
 
 
 def test_what_changes_no_result_needs_no_permission(arguments, run_dir, caplog) -> None:
@@ -276,7 +289,7 @@ def test_what_changes_no_result_needs_no_permission(arguments, run_dir, caplog) 
 
 @pytest.mark.usefixtures("stopped")
 def test_a_field_that_an_upgrade_brought_is_no_change_at_its_default(arguments, run_dir, capsys) -> None:
-    (path,) = checkpoints(run_dir)
+    path = as_earlier_version(run_dir)
     state = torch.load(path, weights_only=True)
     del state["config"]["masking"]["roll"], state["config"]["run"]["allow_changes"], state["data_fingerprint"]
     state["config"]["run"]["precision"] = "auto"
@@ -392,7 +405,8 @@ def test_a_stream_goes_on_in_shards_that_moved_and_starts_again_in_others(
 
 
 @pytest.mark.usefixtures("stopped")
-def test_a_resumed_run_keeps_nothing_of_the_checkpoint(arguments, monkeypatch) -> None:
+def test_a_resumed_run_keeps_nothing_of_the_file_of_an_earlier_version(arguments, run_dir, monkeypatch) -> None:
+    as_earlier_version(run_dir)
     loaded, kept = [], []
     load, step = torch.load, Trainer.step
 
@@ -416,6 +430,41 @@ def test_a_resumed_run_keeps_nothing_of_the_checkpoint(arguments, monkeypatch) -
     assert main(arguments) == 0
     assert loaded
     assert kept == [0, False] * 4
+
+
+@pytest.mark.usefixtures("stopped")
+def test_a_resumed_run_has_no_file_of_the_checkpoint_open(arguments, monkeypatch) -> None:
+    maps, step = [], Trainer.step
+
+    def look(*args):
+        maps.append(Path("/proc/self/maps").read_text())
+        return step(*args)
+
+    monkeypatch.setattr(Trainer, "step", look)
+    assert main(arguments) == 0
+    assert len(maps) == 4
+    assert not any("step_000000002" in text for text in maps)
+
+
+# Files of earlier versions.
+
+
+@pytest.mark.usefixtures("stopped")
+def test_a_checkpoint_of_an_earlier_version_is_gone_on_with_bit_for_bit(arguments, run_dir, tmp_path) -> None:
+    assert as_earlier_version(run_dir).name == "step_000000002.pt"
+    assert main([*arguments, "--run.keep_checkpoints", "1"]) == 0
+    assert [path.name for path in checkpoints(run_dir)] == ["step_000000006"]
+    assert main([*arguments, "--run.output_dir", str(tmp_path / "whole")]) == 0
+    assert_equal_states(*(load_newest_checkpoint(tmp_path / name)["trainer"] for name in ("run", "whole")))
+
+
+@pytest.mark.usefixtures("stopped")
+def test_a_damaged_checkpoint_of_an_earlier_version_gives_way(arguments, run_dir, caplog) -> None:
+    path = as_earlier_version(run_dir)
+    path.with_name("step_000000005.pt").write_bytes(path.read_bytes()[:500])
+    assert main(arguments) == 0
+    assert "step_000000005.pt cannot be read, trying the one before: it is damaged" in caplog.text
+    assert path.with_name("step_000000005.pt.damaged").is_file()
 
 
 # Several processes.

@@ -1,14 +1,18 @@
 """Trainings of a fraction of a second, and what they leave."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from capi.config import Config, load_config
+from capi.checkpoint import load_checkpoint, newest_checkpoint
+from capi.config import Config, config_of, load_config
+from capi.distributed import World
 from capi.masking import Masks, sample_masks
+from capi.step import Trainer
 
 TINIEST = """
 model: {patch_size: 4, embed_dim: 16, num_heads: 2, encoder_depth: 1, predictor_depth: 1, n_registers: 4,
@@ -45,6 +49,26 @@ def draw_batches(config: Config, seed: int, parts: int = 1) -> list[tuple[Tensor
     images = torch.randint(0, 256, (parts, n, 3, size, size), dtype=torch.uint8, generator=generator)
     rngs = [[np.random.default_rng((seed, part, i)) for i in range(n)] for part in range(parts)]
     return [(of_part, sample_masks(config.masking, grid, of)) for of_part, of in zip(images, rngs, strict=True)]
+
+
+def as_earlier_version(run_dir: Path) -> Path:
+    """Makes of the newest checkpoint's folder the file that earlier versions wrote."""
+    folder = newest_checkpoint(run_dir)
+    content = load_checkpoint(folder)
+    tensors = content["trainer"]
+    trainer = Trainer(config_of(content["config"]), World(0, 1, torch.device("cpu")))
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    content["trainer"] = {"model": tensors["model"]}
+    for key, optimizer in zip(("student_optimizer", "clustering_optimizer"), trainer.optimizers, strict=True):
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        states = {
+            i: {state: tensors["optimizer"][f"{names[id(x)]}.{state}"] for state in ("step", "exp_avg", "exp_avg_sq")}
+            for i, x in enumerate(parameters)
+        }
+        content["trainer"][key] = optimizer.state_dict() | {"state": states}
+    torch.save(content, folder.with_name(f"{folder.name}.pt"))
+    shutil.rmtree(folder)
+    return folder.with_name(f"{folder.name}.pt")
 
 
 def metrics_of(run_dir: Path) -> list[dict]:

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from capi import pretrained
-from capi.checkpoint import load_checkpoint, load_newest_checkpoint
+from capi.checkpoint import is_checkpoint, load_checkpoint, load_newest_checkpoint
 from capi.config import Config, MaskingConfig, config_of
 from capi.masking import check_masking, sample_masks
 from capi.model import CAPI, normalize_images
@@ -50,9 +50,10 @@ def load_model(name: str) -> tuple[CAPI, Config]:
     expected = "expected a training checkpoint, or the folder of a run with one"
     path = Path(name).expanduser()
     if path.is_dir():
-        content = load_newest_checkpoint(path.parent if path.name == "checkpoints" else path)
+        inside = path.parent if path.name == "checkpoints" else path
+        content = load_checkpoint(path, "model.") if is_checkpoint(path) else load_newest_checkpoint(inside, "model.")
         if content is None:
-            raise ValueError(f"{name} has no checkpoints/step_*.pt, and students are in these alone; {expected}")
+            raise ValueError(f"{name} has no checkpoints/step_*, and students are in these alone; {expected}")
     elif not path.is_file():
         raise ValueError(f"{expected}, got {name}")
     elif (weights := pretrained.read(name)).run_config is None:
