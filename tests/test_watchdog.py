@@ -192,10 +192,10 @@ def test_a_step_that_takes_long_is_logged_with_the_stacks(tmp_path, start) -> No
 
 
 @pytest.mark.parametrize(("phase", "overdue"), [("launch", True), ("launch", False), ("evaluation", False)])
-def test_a_rank_waits_for_one_that_evaluates(phase, overdue, caplog) -> None:
+def test_a_rank_waits_for_one_that_evaluates(phase, overdue, tmp_path, caplog) -> None:
     """It is the rank behind whose own limit counts."""
     watchdog = Watchdog(World(1, 2, torch.device("cpu")), timeout=60.0)
-    watchdog._store = HashStore()
+    watchdog._store, watchdog._run_dir = HashStore(), tmp_path
     for step in range(5):
         watchdog.step_begins(step)
     watchdog._began -= 100
