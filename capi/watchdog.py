@@ -148,7 +148,7 @@ class Watchdog:
 
     def _is_of_a_lost_rank(self, error: BaseException | None) -> bool:
         """Whether a collective or the store has failed, as when another rank is gone: gloo has no type for it."""
-        if self._store is None:
+        if self._store is None or isinstance(error, Lost):
             return False
         return isinstance(error, dist.DistError) or (
             isinstance(error, RuntimeError) and re.search("gloo|nccl|connection", str(error), re.IGNORECASE) is not None
@@ -164,8 +164,8 @@ class Watchdog:
 
     def _reason(self, error: BaseException) -> str:
         """Of a broken connection: which rank has stopped to beat, some beats later."""
-        deadline = time.monotonic() + 2 * MISSED_BEATS * self._interval
-        while time.monotonic() < deadline:
+        deadline = self._now() + 2 * MISSED_BEATS * self._interval
+        while self._now() < deadline:
             if self._verdict is not None:
                 return self._verdict
             if gone := self._silent(MISSED_BEATS * self._interval):
