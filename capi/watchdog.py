@@ -81,7 +81,8 @@ class Watchdog:
     def __init__(self, world: World, timeout: float):
         self.world, self.timeout = world, timeout
         self._interval = min(BEAT_SECONDS, timeout / 10)
-        self._host, self._run_dir, self._save = HostTime(), Path(), lambda: None
+        self._host, self._save = HostTime(), lambda: None
+        self._run_dir: Path | None = None
         self._step: int | None = None
         self._looked, self._left_out, self._clock = time.monotonic(), 0.0, Lock()
         self._began = self._answered = self._now()
@@ -147,7 +148,7 @@ class Watchdog:
 
     def _is_of_a_lost_rank(self, error: BaseException | None) -> bool:
         """Whether a collective or the store has failed, as when another rank is gone: gloo has no type for it."""
-        if self._store is None:
+        if self._store is None or isinstance(error, Lost):
             return False
         return isinstance(error, dist.DistError) or (
             isinstance(error, RuntimeError) and re.search("gloo|nccl|connection", str(error), re.IGNORECASE) is not None
@@ -163,8 +164,8 @@ class Watchdog:
 
     def _reason(self, error: BaseException) -> str:
         """Of a broken connection: which rank has stopped to beat, some beats later."""
-        deadline = time.monotonic() + 2 * MISSED_BEATS * self._interval
-        while time.monotonic() < deadline:
+        deadline = self._now() + 2 * MISSED_BEATS * self._interval
+        while self._now() < deadline:
             if self._verdict is not None:
                 return self._verdict
             if gone := self._silent(MISSED_BEATS * self._interval):
@@ -311,12 +312,11 @@ class Watchdog:
 
     def _write_stacks(self, why: str) -> str:
         """Where the stacks of all threads are now; the run folder may be on this node, or not, or be what hangs."""
-        path = self._run_dir / f"stacks-rank{self.world.rank}.txt"
-        written = Event()
+        name, written = f"stacks-rank{self.world.rank}.txt", Event()
 
         def write() -> None:
-            if path.parent.is_dir():
-                with path.open("a") as file:
+            if self._run_dir is not None and self._run_dir.is_dir():
+                with (self._run_dir / name).open("a") as file:
                     file.write(f"{time.strftime('%F %T')}: {why}\n")
                     file.flush()
                     faulthandler.dump_traceback(file)
@@ -326,7 +326,7 @@ class Watchdog:
         writer.start()
         writer.join(5.0)
         if written.is_set():
-            return str(path)
+            return str(self._run_dir / name)
         faulthandler.dump_traceback(sys.__stderr__)
         return "the log"
 

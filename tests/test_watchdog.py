@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked_runs import Run, forks, start_ranks, steps_saved
+from forked_runs import LONG, Run, forks, start_ranks, steps_saved
 from tiny_runs import assert_equal_states
 from torch.distributed import HashStore
 from torch.distributed.launcher import LaunchConfig, elastic_launch
@@ -20,9 +20,10 @@ from torch.distributed.launcher import LaunchConfig, elastic_launch
 import capi.watchdog
 from capi.checkpoint import load_newest_checkpoint
 from capi.distributed import World
+from capi.profiling import HostTime
 from capi.step import Trainer
 from capi.train import main
-from capi.watchdog import EXIT_STATUS, Beat, Watchdog, where
+from capi.watchdog import EXIT_STATUS, Beat, Lost, Watchdog, where
 
 OPTIONS = ("--optim.steps", "100000", "--optim.batch_size", "12", "--run.checkpoint_every", "100000")
 
@@ -88,9 +89,10 @@ def test_a_rank_that_is_stuck_ends_all_of_them(lost, how, tmp_path, start) -> No
         assert len(found) == 1, ranks[rank].said()
         assert ranks[rank].said().count("has not finished") == 1
         assert ("no sign of life" in ranks[rank].said()) == (how == "stopped")
-        stacks = (tmp_path / "run" / f"stacks-rank{rank}.txt").read_text()
-        assert "most recent call first" in stacks
-        assert (re.search(r"line \d+ in asleep", stacks) is not None) == (rank == lost and how == "asleep")
+        if rank == lost or how == "stopped":  # Else the other may have left before, and the main thread found it gone.
+            stacks = (tmp_path / "run" / f"stacks-rank{rank}.txt").read_text()
+            assert "most recent call first" in stacks
+            assert (re.search(r"line \d+ in asleep", stacks) is not None) == (rank == lost)
     assert 2 < time.monotonic() - began < 20
     if how == "asleep":
         assert "in asleep" in ranks[1 - lost].said()
@@ -173,8 +175,13 @@ def test_torchrun_starts_the_ranks_again_and_nothing_is_lost(lost, tmp_path, sta
 
 
 def test_a_step_that_takes_long_is_logged_with_the_stacks(tmp_path, start) -> None:
+    stacks = tmp_path / "run" / "stacks-rank0.txt"
+
     def sluggish(_: Trainer) -> None:
-        time.sleep(2)
+        deadline = time.monotonic() + LONG
+        while not stacks.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(1)
 
     def prepare() -> None:
         capi.watchdog.BEAT_SECONDS, capi.watchdog.SLOW_SECONDS, capi.watchdog.SLOW_TIMES = 0.1, 0.5, 2
@@ -182,20 +189,17 @@ def test_a_step_that_takes_long_is_logged_with_the_stacks(tmp_path, start) -> No
 
     run = start(prepare=prepare)
     assert run.status() == 0, run.said()
-    stacks = tmp_path / "run" / "stacks-rank0.txt"
-    assert re.search(
-        rf"step 5 takes \d s, where [\d.e-]+ s are usual: other, .* in sluggish; stacks in {stacks}", run.said()
-    )
-    assert run.said().count("step 5 takes") == 1
-    assert re.search(r"step 5 has ended after 2 s", run.said())
+    line = rf"step 5 takes \d+ s, where [\d.e-]+ s are usual: other, .* in sluggish; stacks in {stacks}"
+    assert len(re.findall(line, run.said())) == 1, run.said()
+    assert re.search(r"step 5 has ended after [1-9]\d* s", run.said())
     assert "in sluggish" in stacks.read_text()
 
 
 @pytest.mark.parametrize(("phase", "overdue"), [("launch", True), ("launch", False), ("evaluation", False)])
-def test_a_rank_waits_for_one_that_evaluates(phase, overdue, caplog) -> None:
+def test_a_rank_waits_for_one_that_evaluates(phase, overdue, tmp_path, caplog) -> None:
     """It is the rank behind whose own limit counts."""
     watchdog = Watchdog(World(1, 2, torch.device("cpu")), timeout=60.0)
-    watchdog._store = HashStore()
+    watchdog._store, watchdog._run_dir = HashStore(), tmp_path
     for step in range(5):
         watchdog.step_begins(step)
     watchdog._began -= 100
@@ -206,6 +210,16 @@ def test_a_rank_waits_for_one_that_evaluates(phase, overdue, caplog) -> None:
     assert watchdog._judge() == (named if overdue else None)
     watchdog._notice_slow_step()
     assert ("step 5 takes 100 s" in caplog.text) == (phase == "launch")
+
+
+def test_an_error_of_a_connection_is_named_once() -> None:
+    """What is raised for it says "connection" itself."""
+    watchdog = Watchdog(World(0, 2, torch.device("cpu")), timeout=1.0)
+    watchdog._store = HashStore()
+    named = pytest.raises(Lost, match=r"connection to another rank broke: \[gloo\] reset")
+    with named as caught, watchdog.steps(HostTime(), Path(), lambda: None):
+        raise RuntimeError("[gloo] reset\nand more")
+    assert not watchdog._is_of_a_lost_rank(caught.value)
 
 
 def test_who_waits_for_others_is_told_by_the_stack() -> None:
