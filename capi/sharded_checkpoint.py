@@ -10,6 +10,7 @@ Its tensors are safetensors and all else is JSON: reading it runs no code, whoev
 
 import hashlib
 import json
+import os
 import platform
 import shutil
 import time
@@ -30,7 +31,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
-from capi.atomic import first_cause, sync_directory, write_atomically
+from capi.atomic import first_cause, sync_directory
 
 # Of a process by itself, which is what is meant.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
@@ -142,7 +143,7 @@ class _Writer(dcp.HuggingFaceStorageWriter):
 
     def finish(self, metadata: Metadata, results: list[list[tuple[str, dict]]]) -> None:
         """On rank 0, once all have written."""
-        write_atomically(self._temporary / STATE, lambda file: file.write_text(json.dumps(self._state)))
+        _write(self._temporary / STATE, json.dumps(self._state))
         files = dict(entry for of_rank in results for entry in of_rank)
         files[STATE] = _described(self._temporary / STATE)
         manifest = {
@@ -154,10 +155,17 @@ class _Writer(dcp.HuggingFaceStorageWriter):
             | {"python": platform.python_version()},
             "files": files,
         }
-        write_atomically(self._temporary / MANIFEST, lambda file: file.write_text(json.dumps(manifest, indent=1)))
+        _write(self._temporary / MANIFEST, json.dumps(manifest, indent=1))
         sync_directory(self._temporary)
         self._temporary.rename(self._final)
         sync_directory(self._final.parent)
+
+
+def _write(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _described(path: Path) -> dict:

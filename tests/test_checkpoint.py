@@ -106,10 +106,8 @@ def test_retention_takes_the_oldest_and_never_what_was_just_written(tmp_path) ->
 def test_room_is_made_before_a_checkpoint_is_written_but_not_of_the_newest(tmp_path, monkeypatch) -> None:
     for step in (1, 2, 3):
         save_checkpoint(tmp_path, step, {"step": step}, keep=3)
-    seen, original = [], sharded_checkpoint.write_atomically
-    monkeypatch.setattr(
-        sharded_checkpoint, "write_atomically", lambda *a: (seen.append(checkpoints(tmp_path)), original(*a))
-    )
+    seen, original = [], sharded_checkpoint._write
+    monkeypatch.setattr(sharded_checkpoint, "_write", lambda *a: (seen.append(checkpoints(tmp_path)), original(*a)))
     save_checkpoint(tmp_path, 4, {"step": 4}, keep=2)
     assert [step_of(path) for path in seen[0]] == [2, 3]
     assert [step_of(path) for path in checkpoints(tmp_path)] == [3, 4]

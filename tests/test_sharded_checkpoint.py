@@ -296,7 +296,7 @@ def test_a_rank_that_is_killed_while_it_saves_costs_that_checkpoint_alone(tmp_pa
 
 def test_a_kill_before_the_manifest_leaves_the_checkpoint_before(tmp_path, monkeypatch) -> None:
     save(tmp_path, 1, {"x": torch.zeros(5)}, 0, 1)
-    monkeypatch.setattr(sharded_checkpoint, "write_atomically", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(sharded_checkpoint, "_write", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     ranks = Ranks(tmp_path, 1, lambda _: save(tmp_path, 2, {"x": torch.zeros(5)}, 0, 1), join=False)
     assert ranks.statuses() == [-signal.SIGKILL]
     assert len(list((tmp_path / "checkpoints" / ".step_000000002.alone.tmp").iterdir())) == 1
