@@ -54,6 +54,7 @@ setup(
         "dev": [
             "beartype",
             "huggingface_hub",
+            "hypothesis",
             "onnx",
             "onnxruntime",
             "onnxscript",

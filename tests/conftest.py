@@ -12,7 +12,8 @@ from stratified import stratified
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-collect_ignore_glob = [] if find_spec("triton") else ["*_triton.py"]
+OPTIONAL = {"triton": "*_triton.py", "hypothesis": "test_fuzz_*.py"}
+collect_ignore_glob = [files for package, files in OPTIONAL.items() if not find_spec(package)]
 GUARD = 1024  # Elements on both sides of every new tensor.
 
 

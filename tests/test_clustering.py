@@ -323,6 +323,8 @@ def test_bad_arguments() -> None:
         (ValueError, "n_iterations must be at least 1, got 0", {"n_iterations": 0}),
         (ValueError, "eps must be finite and at least 0, got inf", {"eps": math.inf}),
         (ValueError, "position_chunk must be at least 1, got 0", {"position_chunk": 0}),
+        (ValueError, r"position_chunk must be below 2\^31, got 18446744073709551616", {"position_chunk": 2**64}),
+        (TypeError, "positionwise must be True or False, got None", {"positionwise": None}),
         (TypeError, "process_group must be", {"process_group": "all"}),
     ]
     for error, message, bad in cases:

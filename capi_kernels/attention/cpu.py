@@ -21,6 +21,7 @@ from capi_kernels.attention.rotary import rotate, turned
 
 LONG = 256  # Keys from which the tiled backward is the faster one.
 CACHED = 2**18  # Weights formed at a time in the other: a MiB.
+VECTOR = 16  # Numbers in a vector instruction, at most.
 TOGETHER = 2**18  # Channels of queries and keys taken at a time: copies of no more are alive.
 
 aten = torch.ops.aten
@@ -120,6 +121,15 @@ def _is_ragged(sizes: Sizes, where: tuple[Tensor, Tensor, Tensor | None]) -> boo
     return kv_index is not None or len(sizes) > 1 or sum(map(len, sizes.values())) < len(cu_seqlens_q) - 1
 
 
+def _tiled(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """PyTorch's tiled attention, but for rows of NaN: of fewer keys than a vector holds it makes zeros."""
+    out, logsumexp = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+    if k.shape[-2] < VECTOR and (zero := logsumexp == 0).any():  # As it then is, but not only then.
+        lost = zero & ~(q @ k.mT).amax(-1).isfinite()
+        out.masked_fill_(lost.unsqueeze(-1), torch.nan)
+    return out, logsumexp
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -135,7 +145,7 @@ def attention(
 
     where: cu_seqlens of both sides and kv_index.
     """
-    sizes, tiled = _sizes(*where), aten._scaled_dot_product_flash_attention_for_cpu
+    sizes = _sizes(*where)
     ragged, unrounded = _is_ragged(sizes, where), _is_wide(q.dtype)
     dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
     if unrounded and not ragged:
@@ -146,7 +156,7 @@ def attention(
         if q_turn is not None:
             turned(images(q, groups), q_turn, q_)
         k_ = _wide(images(k, groups), NONE) if k_turn is None else taken(k, groups, k_turn)
-        out, logsumexp = tiled(q_, k_, _wide(images(v, groups), NONE), scale=scale)
+        out, logsumexp = _tiled(q_, k_, _wide(images(v, groups), NONE), scale)
         rotated = k if k_turn is None else k_.view_as(k)
         return out.transpose(1, 2).flatten(0, 1), logsumexp.transpose(1, 2).flatten(0, 1), rotated
     if ragged:
@@ -156,7 +166,7 @@ def attention(
     for block in _blocks(sizes, *q.shape[1:]):
         places = (q, tables[:2], block.queries), (k, tables[2:], block.keys), (v, NONE, block.keys)
         operands = [_wide(block.part(x, tokens), block.tables(tables, tokens)) for x, tables, tokens in places]
-        o, l = tiled(*operands, scale=scale)  # noqa: E741
+        o, l = _tiled(*operands, scale)  # noqa: E741
         out[block.queries, block.heads] = o.transpose(1, 2).flatten(0, 1).to(dtype)
         logsumexp[block.queries, block.heads] = l.transpose(1, 2).flatten(0, 1)
         del operands, o  # Before the next block makes its own.
