@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 
+import jaxtyping
 import pytest
 import torch
 from stratified import stratified
@@ -36,6 +37,14 @@ def choose_gpu_tests(config: pytest.Config, items: list[pytest.Item], count: str
         kept = set(stratified(gpu, int(count), lambda item: (item.path, item.originalname)))
         config.hook.pytest_deselected(items=[item for item in gpu if item not in kept])
         items[:] = [item for item in items if item in kept or not item.get_closest_marker("gpu")]
+
+
+@pytest.fixture
+def without_annotations() -> Iterator[None]:
+    """What is refused is refused as for a user, who has no checks of annotations in between."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

@@ -1,8 +1,7 @@
 """Every public operation, called with what may come: it refuses in one line, or its results are the definition's."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-import jaxtyping
 import pytest
 import torch
 from fuzzing import FLOATING, fuzz, strange, tensors, within
@@ -13,16 +12,10 @@ from torch import Tensor
 import capi_kernels
 from capi_kernels import reference
 
+pytestmark = pytest.mark.usefixtures("without_annotations")
+
 SIZES = st.integers(0, 9)
 TEMPERATURES = st.sampled_from((0.06, 0.12, 1.0, 3))
-
-
-@pytest.fixture(autouse=True)
-def without_annotations() -> Iterator[None]:
-    """The refusals are those of a user, who has no checks of annotations in between."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @st.composite
