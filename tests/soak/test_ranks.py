@@ -13,7 +13,7 @@ from tiny_runs import TINIEST, assert_equal_states
 
 LOST = 75
 TIMEOUT = ("--distributed.timeout", "15", "--run.checkpoint_every", "2", "--model.drop_path_rate", "0")
-STEPS = ("--optim.steps", "400")
+STEPS = ("--optim.steps", "80")
 SAME = "the same command goes on"
 
 
@@ -23,9 +23,12 @@ def two_ranks(start, *options: str, fault: str = "slow steps") -> list[Run]:
     return [start(*TIMEOUT, *options, fault=fault, environment=environment) for environment in ranks]
 
 
-def goes_on(start, *steps: str) -> None:
-    ranks = two_ranks(start, *steps)
-    assert [rank.status() for rank in ranks] == [0, 0], ranks[0].said()
+def assert_goes_on_as_without(start, folder: Path) -> None:
+    """To the end, where the state is that of an uninterrupted run."""
+    for options in (), ("--run.output_dir", str(folder / "whole")):
+        ranks = two_ranks(start, *STEPS, *options)
+        assert [rank.status() for rank in ranks] == [0, 0], ranks[0].said()
+    assert_equal_states(weights(folder / "run"), weights(folder / "whole"))
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP])
@@ -40,10 +43,10 @@ def test_a_rank_is_lost(end, tmp_path, start, row) -> None:
     ranks[1].end()
     saved = steps_saved(tmp_path / "run")
     assert saved >= 4
-    goes_on(start, "--optim.steps", str(saved + 5))
+    assert_goes_on_as_without(start, tmp_path)
     name = {signal.SIGKILL: "killed", signal.SIGSTOP: "paused"}[end]
     assert "Traceback" not in last
-    came = f"after {seconds:.0f} s with distributed.timeout 15, step {saved} saved"
+    came = f"after {seconds:.0f} s with distributed.timeout 15, step {saved} saved; then bit for bit"
     row(f"a rank is {name}", f"{end.name} to rank 1", "the others name it and end", str(LOST), came, SAME)
 
 
@@ -138,6 +141,6 @@ def test_a_network_that_is_cut(tmp_path, start, row) -> None:
         holder.wait()
     assert statuses == [LOST, LOST], ranks[0].said()
     saved = steps_saved(tmp_path / "run")
-    goes_on(start, "--optim.steps", str(saved + 5))
-    came = f"both after {seconds:.0f} s with distributed.timeout 15, step {saved} saved"
+    assert_goes_on_as_without(start, tmp_path)
+    came = f"both after {seconds:.0f} s with distributed.timeout 15, step {saved} saved; then bit for bit"
     row("network cut", "the interface goes down", "each rank names what it lost", str(LOST), came, f"mend it; {SAME}")
