@@ -53,6 +53,8 @@ def check_not_empty(name: str, **axes: int) -> None:
 def check_number(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, Real | torch.SymInt | torch.SymFloat):
         raise TypeError(f"{name} must be a number, got {value!r}")
+    if isinstance(value, Integral) and abs(value) >= 2**63:
+        raise ValueError(f"{name} must be a float or an integer of 64 bits, got {value}")
 
 
 def check_flag(name: str, value: bool) -> None:

@@ -94,7 +94,7 @@ def assert_loads_or_ends(argv: list[str]) -> None:
         assert config_of(asdict(config)) == config or "nan" in str(config)
 
 
-@fuzz(30)
+@fuzz(20)
 @given(argv=arguments())
 def test_a_command_line_is_a_configuration_or_ends_with_a_message(argv, tmp_path_factory) -> None:
     with contextlib.chdir(tmp_path_factory.getbasetemp()):
@@ -133,7 +133,7 @@ def files(draw) -> bytes:
 BOMB = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12))
 
 
-@fuzz(30)
+@fuzz(20)
 @given(content=files())
 @example(content=BOMB.encode())
 @example(content=("[" * 100_000).encode())
@@ -213,7 +213,7 @@ def with_value(config: object, name: str, value: object) -> Config:
     return replace(config, **{first: with_value(getattr(config, first), rest, value) if rest else value})
 
 
-@fuzz(300)
+@fuzz(150)
 @given(data=st.data())
 def test_values_of_the_right_types_are_checked_or_refused(data) -> None:
     config = Config()
@@ -241,7 +241,7 @@ LEFT_OUT = {
 LEFT_OUT |= {"optim.steps", "data.num_workers", "run.device", "run.stop_timeout"}
 
 
-@fuzz(15)
+@fuzz(12)
 @given(data=st.data())
 def test_a_small_run_trains_or_ends_with_a_line(data, tmp_path_factory) -> None:
     folder = tmp_path_factory.mktemp("run")

@@ -190,8 +190,6 @@ UNBOUNDED = {"n_iterations", "max_seqlen_q", "max_seqlen_k"}
 
 def widened(x: object) -> object:
     """In float64, apart from whatever it is part of."""
-    if type(x) is int and abs(x) > 2**62:  # Only numbers that are no counts get so far.
-        return float(x)
     if isinstance(x, Tensor):
         return x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
     return type(x)(*map(widened, x)) if isinstance(x, tuple) and hasattr(x, "_fields") else x
@@ -268,7 +266,7 @@ def judged(name: str, call: dict) -> None:
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-@fuzz(25)
+@fuzz(20)
 @given(data=st.data())
 def test_what_an_operation_accepts_it_computes_as_it_is_defined(name, data) -> None:
     call = data.draw(OPERATIONS[name])
@@ -282,7 +280,7 @@ def test_what_an_operation_accepts_it_computes_as_it_is_defined(name, data) -> N
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-@fuzz(40)
+@fuzz(30)
 @given(data=st.data())
 def test_a_strange_argument_is_refused_in_one_line_or_computed_with(name, data) -> None:
     call = data.draw(OPERATIONS[name])
