@@ -1,5 +1,6 @@
 # make train [DATA=folder:PATH] [ARGS="--optim.steps 100 ..."]: install once, train the default on any machine.
 # make test [TESTS="tests/test_model.py -k ..."]: install once, lint, run the tests, a process a core.
+# make soak: faults of all kinds brought about in trainings, the table of docs/faults.md, and much fuzzing: under an hour.
 # make test-instruction-sets: the numerical tests as other processors would compute.
 # make bench: install once, measure operations, training step and data loading on the machine at hand.
 # make gpu [STAGES="tests steps heads attention report"] [OUT=FOLDER]: on a machine with a GPU, with what PYTHON has
@@ -27,7 +28,7 @@ STEPS ?=
 GPU_SECONDS ?= 400
 CARRIED := jsonargparse docstring_parser typeshed_client braceexpand xformers==0.0.35 nvidia-cuda-runtime-cu12
 
-.PHONY: train test test-instruction-sets bench gpu carried seeds pictures clean
+.PHONY: train test soak test-instruction-sets bench gpu carried seeds pictures clean
 
 train: $(VENV)/.installed
 	$(VENV)/bin/python -m capi.train --data.source '$(DATA)' --data.num_workers $(WORKERS) --run.output_dir '$(RUN)' $(ARGS)
@@ -42,6 +43,11 @@ test: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(PYTEST) $(TESTS)
+
+# Faults one after the other: they wait for each other's processes, and measure how long that takes.
+soak: $(VENV)/.installed
+	CAPI_SOAK=1 $(PYTEST) -n 0 tests/soak
+	CAPI_FUZZ_TIMES=8 $(PYTEST) tests/test_fuzz_operations.py tests/test_fuzz_configurations.py
 
 # A processor without the instructions keeps its own; MKL's COMPATIBLE is what it does on processors of other makers.
 test-instruction-sets: $(VENV)/.installed

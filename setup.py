@@ -56,6 +56,7 @@ setup(
         "dev": [
             "beartype",
             "huggingface_hub",
+            "hypothesis",
             "mlflow-skinny",
             "onnx",
             "onnxruntime",

@@ -8,12 +8,15 @@ import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Literal
+from types import NoneType
+from typing import Literal, get_args, get_type_hints
 
 import jsonargparse
 import yaml
+
+from capi.nested import SCHEDULES, check_extent, check_text
 
 logger = logging.getLogger(__name__)
 
@@ -275,7 +278,6 @@ def micro_batch_size(config: Config, world_size: int = 1) -> int:
 
 
 PRESETS = Path(__file__).parent / "presets"
-SCHEDULES = ("lr", "momentum", "clustering_lr")
 
 
 def load_config(argv: Sequence[str] | None = None) -> Config:
@@ -299,6 +301,7 @@ def load_config(argv: Sequence[str] | None = None) -> Config:
 def config_of(values: Mapping) -> Config:
     """The configuration with these values, as a run keeps them; ValueError for unknown keys and wrong types."""
     parser = _parser(exit_on_error=False)
+    check_extent(values)
     try:
         return _instance(parser, parser.parse_object(dict(values)))
     except argparse.ArgumentError as error:
@@ -307,7 +310,18 @@ def config_of(values: Mapping) -> Config:
 
 def _instance(parser: jsonargparse.ArgumentParser, values: jsonargparse.Namespace) -> Config:
     values.pop("config", None)
+    _check_nulls(parser, values, Config, "")
     return Config(**vars(parser.instantiate(values)))
+
+
+def _check_nulls(parser: jsonargparse.ArgumentParser, values: jsonargparse.Namespace, kind: type, prefix: str) -> None:
+    """Ends the program where a field that must have a value is null: jsonargparse lets it pass in files."""
+    for name, expected in get_type_hints(kind).items():
+        value = values.get(name)
+        if value is None and NoneType not in get_args(expected):
+            parser.error(f"{prefix}{name} must have a value, got null")
+        if is_dataclass(expected):
+            _check_nulls(parser, value, expected, f"{prefix}{name}.")
 
 
 def _parser(*, exit_on_error: bool = True) -> jsonargparse.ArgumentParser:
@@ -362,34 +376,18 @@ def _resolved(parser: jsonargparse.ArgumentParser, option: str, value: str | Non
         if not path.is_file():
             parser.error(f"--config takes a YAML file or a preset ({', '.join(_presets())}), got {value}")
         try:
-            _check_node(parser, yaml.compose(path.read_text()), "", f" of {value}")
+            check_text(path.read_text(), place=f" of {value}")
         except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
             parser.error(f"{value} cannot be read as YAML: {' '.join(str(error).split())}")
-        except RecursionError:
-            parser.error(f"{value} cannot be read: an alias stands within what it names")
+        except ValueError as error:
+            parser.error(f"{value} cannot be read: {error}")
         return option, str(path)
-    if value.startswith("{") or option.removeprefix("--optim.") in SCHEDULES:
+    if value.startswith(("{", "[")) or option.removeprefix("--optim.") in SCHEDULES:
         try:
-            _check_node(parser, yaml.compose(value), option.removeprefix("--"), f" of {option}")
-        except yaml.YAMLError as error:
-            parser.error(f"{option} {value} cannot be read: {' '.join(str(error).split())}")
+            check_text(value, option.removeprefix("--"), f" of {option}")
+        except (yaml.YAMLError, ValueError) as error:
+            parser.error(f"{option} {value[:80]} cannot be read: {' '.join(str(error).split())}")
     return option, value
-
-
-def _check_node(parser: jsonargparse.ArgumentParser, node: yaml.Node | None, name: str, place: str) -> None:
-    """Ends the program where a key stands twice (YAML lets the last one win), or a schedule is given as a number."""
-    if isinstance(node, yaml.MappingNode):
-        lines: dict[str, int] = {}
-        for key, child in node.value:
-            full = f"{name}.{key.value}" if name else str(key.value)
-            line = key.start_mark.line + 1
-            if key.value in lines:
-                parser.error(f"{full} is given twice, in lines {lines[key.value]} and {line}{place}")
-            lines[key.value] = line
-            _check_node(parser, child, full, place)
-    elif isinstance(node, yaml.ScalarNode) and name.removeprefix("optim.") in SCHEDULES:
-        fields = ", ".join(ScheduleConfig.__dataclass_fields__)
-        parser.error(f"{name} is a schedule ({fields}); for its peak set {name}.base {node.value}")
 
 
 def _fit_warmups(optim: OptimConfig, stated: set[str]) -> None:

@@ -4,13 +4,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict
 
-from capi.config import SCHEDULES, Config, ScheduleConfig
+from capi.config import Config, ScheduleConfig
+from capi.nested import SCHEDULES
 
 
 def check_config(config: Config, world_size: int = 1) -> None:
     """Raises ValueError for values that do not fit together."""
     model, data, optim = config.model, config.data, config.optim
     _check_finite(asdict(config), "")
+    if model.patch_size < 1:
+        raise ValueError(f"model.patch_size must be at least 1, got {model.patch_size}")
     if data.image_size % model.patch_size or data.image_size < model.patch_size:
         raise ValueError(
             f"data.image_size must be a multiple of model.patch_size {model.patch_size}, got {data.image_size}"
@@ -31,6 +34,8 @@ def check_config(config: Config, world_size: int = 1) -> None:
     local, micro = optim.batch_size // world_size, config.run.micro_batch_size
     if micro is not None and (micro < 1 or local % min(micro, local)):
         raise ValueError(f"run.micro_batch_size must divide the {local} images of a rank, got {micro}")
+    if not 0 <= config.run.seed < 2**63:
+        raise ValueError(f"run.seed must lie in [0, 2^63), got {config.run.seed}")
     if optim.steps < 1:
         raise ValueError(f"optim.steps must be at least 1, got {optim.steps}")
     for name in ("log_every", "checkpoint_every", "keep_checkpoints", "max_nan_steps"):

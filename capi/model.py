@@ -75,6 +75,8 @@ class Backbone(nn.Module):
         ):
             if min(dim, heads) < 1 or dim % heads or (dim // heads) % 4:
                 raise ValueError(f"{names} must be a multiple of 4, got {dim} / {heads}")
+        if config.n_registers < 0:
+            raise ValueError(f"model.n_registers must not be negative, got {config.n_registers}")
         if config.register_coordinates == "edge" and config.n_registers % 4:
             raise ValueError(f"model.n_registers must be a multiple of 4, got {config.n_registers}")
         if config.encoder_depth < 1 or config.predictor_depth < 1:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from capi.checkpoint import write_atomically
 from capi.config import ClusteringConfig, Config, DataConfig, ModelConfig, config_of
 from capi.model import Backbone
+from capi.nested import load_text
 from capi.weight_files import EXPORTS, EncoderWeights, check_shape, find_file, read_teacher_head, read_weights
 
 OFFICIAL = "https://dl.fbaipublicfiles.com/capi"
@@ -195,8 +196,8 @@ def run_configuration(weights: EncoderWeights) -> Config | None:
     if weights.path.name not in EXPORTS or not beside.is_file():
         return None
     try:
-        values = yaml.safe_load(beside.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        values = load_text(beside.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{beside} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{beside} must hold the configuration of a run, got {str(values)[:80]}")

@@ -22,6 +22,7 @@ from capi.checkpoint import remove_stale_temporaries, set_newer_aside
 from capi.config import Config, to_yaml
 from capi.data import ImageStream
 from capi.distributed import World, gather
+from capi.nested import load_text
 from capi.restore import Found, all_see, check_fits, find_newest, restore
 from capi.run_folder import RunFolder
 from capi.step import Trainer
@@ -277,7 +278,7 @@ def _holds_another_run(run_dir: Path, current: dict, resume: bool) -> bool:
     if not metrics.exists() or metrics.stat().st_size == 0:
         return False
     try:
-        saved = yaml.safe_load((run_dir / "config.yaml").read_text())
+        saved = load_text((run_dir / "config.yaml").read_text())
         return not resume or any(map(_is_compared, _changes(saved, current)))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
         return True

@@ -193,7 +193,7 @@ def _text(path: Path) -> str:
 def _parse(config: str, path: Path) -> Mapping:
     try:
         declared = json.loads(config)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"the configuration in {path} is not JSON: {config[:80]}") from error
     if not isinstance(declared, dict):
         raise ValueError(f"the configuration in {path} must be a JSON object, got {config[:80]}")

@@ -11,6 +11,8 @@ from torch import Tensor
 def check_is_tensor(name: str, x: object) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {torch.typename(x)}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be dense, got the layout {x.layout}")
 
 
 def check_tensor(name: str, x: Tensor, axes: str, *, like: tuple[str, Tensor] | None = None) -> None:
@@ -19,6 +21,8 @@ def check_tensor(name: str, x: Tensor, axes: str, *, like: tuple[str, Tensor] | 
     names = axes.removeprefix("... ").split()
     if not x.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {x.dtype}")
+    if x.dtype.itemsize < 2:  # PyTorch computes with none of these.
+        raise TypeError(f"{name} must have 16 bits or more, got {x.dtype}")
     if x.ndim < len(names) or (x.ndim > len(names) and not axes.startswith("...")):
         raise ValueError(f"{name} must have the axes [{', '.join(axes.split())}], got shape {tuple(x.shape)}")
     if like is not None:
@@ -49,6 +53,13 @@ def check_not_empty(name: str, **axes: int) -> None:
 def check_number(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, Real | torch.SymInt | torch.SymFloat):
         raise TypeError(f"{name} must be a number, got {value!r}")
+    if isinstance(value, Integral) and abs(value) >= 2**63:
+        raise ValueError(f"{name} must be a float or an integer of 64 bits, got {value}")
+
+
+def check_flag(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def check_positive(**values: float) -> None:
@@ -58,12 +69,14 @@ def check_positive(**values: float) -> None:
             raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
-def check_count(name: str, value: int) -> None:
-    """An integer of at least 1."""
+def check_count(name: str, value: int, least: int = 1) -> None:
+    """An integer of at least `least`, and of 32 bits."""
     if isinstance(value, bool) or not isinstance(value, Integral | torch.SymInt):
         raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    if value >= 2**31:
+        raise ValueError(f"{name} must be below 2^31, got {value}")
 
 
 def check_sinkhorn_options(n_iterations: int, eps: float) -> None:
@@ -87,10 +100,17 @@ def check_index(name: str, index: Tensor, below: int, like: tuple[str, Tensor]) 
             raise ValueError(f"{name} must be in [0, {below}), got values from {low} to {high}")
 
 
+def check_potentials(potentials: tuple[Tensor, Tensor, Tensor]) -> None:
+    if not isinstance(potentials, tuple) or len(potentials) != 3:
+        got = f"{len(potentials)} values" if isinstance(potentials, tuple) else torch.typename(potentials)
+        raise TypeError(f"potentials must be column_max, column and row, got {got}")
+
+
 def check_chosen(
     name: str, rows: Tensor, potentials: tuple[Tensor, Tensor, Tensor], prototypes: int, like: tuple[str, Tensor]
 ) -> None:
     """Potentials of [positions, images, prototypes], and image * positions + position of rows chosen of these."""
+    check_potentials(potentials)
     column_max, column, row = potentials
     check_tensor("row", row, "positions images")
     positions, images = row.shape
@@ -144,6 +164,7 @@ def check_cu_seqlens(
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
         raise ValueError(f"{name} must have the shape [groups + 1] with a group or more, got {tuple(cu_seqlens.shape)}")
     check_device(name, cu_seqlens, like)
+    check_count(max_name, max_seqlen, 0)
     if (cu_seqlens.numel() - 1) * max_seqlen < tokens:
         groups = cu_seqlens.numel() - 1
         raise ValueError(f"{max_name} must be at least {-(-tokens // groups)} for {tokens} tokens, got {max_seqlen}")

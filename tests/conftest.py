@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 
+import jaxtyping
 import pytest
 import torch
 from stratified import stratified
@@ -12,7 +13,9 @@ from stratified import stratified
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-collect_ignore_glob = [] if find_spec("triton") else ["*_triton.py"]
+OPTIONAL = {"triton": "*_triton.py", "hypothesis": "test_fuzz_*.py"}
+collect_ignore_glob = [files for package, files in OPTIONAL.items() if not find_spec(package)]
+collect_ignore_glob += [] if os.environ.get("CAPI_SOAK") else ["soak/*"]
 GUARD = 1024  # Elements on both sides of every new tensor.
 
 
@@ -35,6 +38,14 @@ def choose_gpu_tests(config: pytest.Config, items: list[pytest.Item], count: str
         kept = set(stratified(gpu, int(count), lambda item: (item.path, item.originalname)))
         config.hook.pytest_deselected(items=[item for item in gpu if item not in kept])
         items[:] = [item for item in items if item in kept or not item.get_closest_marker("gpu")]
+
+
+@pytest.fixture
+def without_annotations() -> Iterator[None]:
+    """What is refused is refused as for a user, who has no checks of annotations in between."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

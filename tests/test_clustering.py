@@ -349,6 +349,8 @@ def test_bad_arguments() -> None:
         (ValueError, "position_chunk must be at least 1, got 0", {"position_chunk": 0}),
         (ValueError, "n_scored must be at least 1, got 0", {"n_scored": 0}),
         (ValueError, "n_scored must be at most the 4 images, got 5", {"n_scored": 5}),
+        (ValueError, r"position_chunk must be below 2\^31, got 18446744073709551616", {"position_chunk": 2**64}),
+        (TypeError, "positionwise must be True or False, got None", {"positionwise": None}),
         (TypeError, "process_group must be", {"process_group": "all"}),
     ]
     for error, message, bad in cases:

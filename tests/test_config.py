@@ -123,6 +123,13 @@ def test_an_unknown_key_of_a_file_stops_with_its_name(tmp_path, capsys) -> None:
         ("optim:\n  lr: 1e-3\n", "for its peak set optim.lr.base 1e-3"),
         ("optim: [1\n", "cannot be read as YAML"),
         ("optim: &again\n  lr: *again\n", "an alias stands within what it names"),
+        ("optim: " + "[" * 5000, "it is nested too deep"),
+        (
+            "".join(f"a{i}: &a{i} [{f'*a{i - 1}, ' * 10 * (i > 0)}]\n" for i in range(500)),
+            "at most 10000 values, got more",
+        ),
+        ("model: {patch_size: null}\n", "model.patch_size must have a value, got null"),
+        ("run:\n  seed:\n", "run.seed must have a value, got null"),
     ],
 )
 def test_a_file_that_says_two_things_stops_with_the_place(text, message, tmp_path, capsys) -> None:
@@ -131,7 +138,7 @@ def test_a_file_that_says_two_things_stops_with_the_place(text, message, tmp_pat
         load_config(["--config", str(tmp_path / "bad.yaml")])
     error = capsys.readouterr().err
     assert message in error
-    assert "bad.yaml" in error or "peak" in error
+    assert "bad.yaml" in error or "peak" in error or "null" in error
 
 
 def test_one_default_may_serve_two_schedules(tmp_path) -> None:
@@ -175,6 +182,10 @@ def test_a_configuration_that_a_run_kept_is_read_or_refused_in_one_line() -> Non
         with pytest.raises(ValueError, match=field) as refusal:
             config_of({**kept, group: {**kept[group], field: value}})
         assert "\n" not in str(refusal.value)
+    endless: dict = {"model": {}}
+    endless["model"]["patch_size"] = endless
+    with pytest.raises(ValueError, match="it is nested too deep, or an alias stands within what it names"):
+        config_of(endless)
 
 
 def test_help_explains_every_field(capsys) -> None:
@@ -201,6 +212,8 @@ def test_help_explains_every_field(capsys) -> None:
     ("config", "message"),
     [
         (Config(data=DataConfig(image_size=225)), "data.image_size must be a multiple of model.patch_size 14, got 225"),
+        (Config(model=ModelConfig(patch_size=0)), "model.patch_size must be at least 1, got 0"),
+        (Config(run=RunConfig(seed=-1)), r"run.seed must lie in \[0, 2\^63\), got -1"),
         (Config(data=DataConfig(crop_scale=(0.8, 0.6))), "crop_scale must be an ascending range"),
         (Config(optim=OptimConfig(batch_size=6)), "optim.batch_size must be a positive multiple of the 4 processes"),
         (Config(optim=OptimConfig(betas=(0.9, 1.0))), r"optim.betas must lie in \[0, 1\), got \(0.9, 1.0\)"),

@@ -130,6 +130,18 @@ def test_queries_without_context_get_zero() -> None:
     assert (out[:2] != 0).all()
 
 
+@pytest.mark.parametrize("lengths", [([2, 2], [5, 5], None), ([2, 3], [1, 20], None)])
+@pytest.mark.parametrize("name", ["q", "k"])
+def test_no_nan_is_lost(lengths, name, monkeypatch) -> None:
+    """PyTorch's own attention makes zeros of rows of NaN where keys are few."""
+    monkeypatch.setitem(CASES, "nan", lengths)
+    given = arguments("nan", torch.float32)
+    given[name] = given[name].index_fill(0, torch.arange(len(given[name]))[: 1 if name == "q" else None], math.nan)
+    out, expected = masked_cross_attention(**given), reference.masked_cross_attention(**given)
+    assert expected.isnan().any()
+    assert torch.equal(out.isnan(), expected.isnan())
+
+
 def test_properties() -> None:
     given = arguments("ragged", torch.float32)
     before = {name: x.clone() for name, x in given.items() if isinstance(x, Tensor)}

@@ -194,6 +194,7 @@ def test_image_sides_must_be_multiples_of_the_patch() -> None:
         ({"num_heads": 3}, "multiple of 4, got 32 / 3"),
         ({"num_heads": 16}, "multiple of 4, got 32 / 16"),
         ({"n_registers": 6}, "n_registers must be a multiple of 4, got 6"),
+        ({"n_registers": -4}, "n_registers must not be negative, got -4"),
         ({"encoder_depth": 0}, "must be at least 1, got 0 and 2"),
         ({"predictor_dim": 36}, "width / heads of the predictor must be a multiple of 4, got 36 / 2"),
         ({"predictor_heads": 5}, "width / heads of the predictor must be a multiple of 4, got 32 / 5"),

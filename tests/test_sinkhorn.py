@@ -261,6 +261,9 @@ def test_bad_potentials() -> None:
         assignments_from_potentials(logits, potentials._replace(row=potentials.column))
     with pytest.raises(ValueError, match="temperature must be positive and finite, got nan"):
         assignments_from_potentials(logits, potentials, temperature=math.nan)
+    with pytest.raises(TypeError, match="potentials must be column_max, column and row, got 2 values"):
+        assignments_from_potentials(logits, potentials[:2])
+    assert torch.equal(*(assignments_from_potentials(logits, x) for x in (potentials, tuple(potentials))))
     rows = torch.tensor([5, 0])
     flat = sinkhorn_potentials(logits.flatten(0, 1))
     cases = [

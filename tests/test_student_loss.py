@@ -341,3 +341,9 @@ def test_true_size_on_a_gpu() -> None:
     first, second = (run(student_loss, logits, targets) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
     assert_defined(partial(run, student_loss), [(logits, targets)])
+
+
+@pytest.mark.usefixtures("without_annotations")
+def test_a_temperature_beyond_64_bits() -> None:
+    with pytest.raises(ValueError, match=r"temperature must be a float or an integer of 64 bits, got 1180591620"):
+        student_loss(*draw(5, 7), temperature=2**70)

@@ -289,6 +289,8 @@ def test_bad_arguments() -> None:
     odd = {name: good[name][..., :7] for name in ("q", "k", "v", "cos", "sin")}
     cases = [
         (TypeError, "q must be floating point, got torch.int64", {"q": q.long()}),
+        (TypeError, "q must have 16 bits or more, got torch.float8_e5m2", {"q": q.to(torch.float8_e5m2)}),
+        (TypeError, "sin must be dense, got the layout torch.sparse_coo", {"sin": cos.to_sparse()}),
         (ValueError, r"q must have the axes \[tokens, heads, head_dim\], got shape \(7, 24\)", {"q": q.flatten(1)}),
         (ValueError, "q must have at least one element on the axis heads, got 0", {"q": q[:, :0]}),
         (ValueError, "q must have at least one element on the axis head_dim, got 0", {"q": q[..., :0]}),
@@ -311,6 +313,8 @@ def test_bad_arguments() -> None:
         (ValueError, "cu_seqlens must end at the token count 7, got 8", {"cu_seqlens": offsets(0, 4, 8)}),
         (ValueError, "max_seqlen must be at least 4 for 7 tokens, got 3", {"max_seqlen": 3}),
         (ValueError, "max_seqlen must be at least 5, the longest sequence, got 4", {"cu_seqlens": offsets(0, 5, 7)}),
+        (TypeError, "max_seqlen must be an integer, got 4.0", {"max_seqlen": 4.0}),
+        (ValueError, r"max_seqlen must be below 2\^31, got 9223372036854775808", {"max_seqlen": 2**63}),
         (ValueError, "scale must be positive and finite, got 0.0", {"scale": 0.0}),
         (ValueError, "scale must be positive and finite, got -1.0", {"scale": -1.0}),
     ]
@@ -321,5 +325,7 @@ def test_bad_arguments() -> None:
         rotary_tables(torch.rand(7, 2), torch.rand(3, 8))
     with pytest.raises(TypeError, match=r"coords must be floating point, got torch.int64"):
         rotary_tables(torch.ones(7, 2, dtype=torch.int64), torch.rand(2, 8))
+    with pytest.raises(ValueError, match="freqs must be on the device of coords, cpu, got meta"):
+        rotary_tables(torch.rand(7, 2), torch.rand(2, 8, device="meta"))
     with pytest.raises(ValueError, match="head_dim must be even for a rotary embedding, got 7"):
         apply_rotary(odd["q"], odd["cos"], odd["sin"])

@@ -1,6 +1,5 @@
 """Crops of encoded images: a box of any image that Pillow reads, upright, as RGB, resized."""
 
-import io
 import math
 from collections.abc import Callable
 
@@ -12,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from capi.data.listing import open_image
 from capi.data.metadata import without_metadata
 from capi.data.retry import attempt
 
@@ -124,7 +124,7 @@ def _opened(data: bytes) -> Image.Image:
 
 
 def _opened_as_it_is(data: bytes) -> Image.Image:
-    image = Image.open(io.BytesIO(data))
+    image = open_image(data)
     if not _is_reducible(image):
         image.load()  # Only then has a TIFF its upright size.
     return image

@@ -1,6 +1,7 @@
 """What the sources of images share: the files that are images, the fingerprint of a listing, the error they raise."""
 
 import hashlib
+import io
 from collections.abc import Iterable
 
 from PIL import Image
@@ -18,6 +19,14 @@ def _image_extensions() -> frozenset[str]:
 
 IMAGE_EXTENSIONS = _image_extensions()
 """Of the files that the installed Pillow decodes, in lower case and without the dot."""
+
+
+def open_image(data: bytes) -> Image.Image:
+    """What `Image.open` gives of these bytes, but not of a format that Pillow leaves to others, whatever the name says.
+
+    Raises what that raises.
+    """
+    return Image.open(io.BytesIO(data), formats=[name for name in Image.ID if name not in _NO_IMAGES])
 
 
 class SourceError(ValueError):

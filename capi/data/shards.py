@@ -18,6 +18,7 @@ from capi.data.retry import PersistentFile, attempt, persistent, reason
 # A data set of a million loose files counts a million shards; finding one among them takes as many steps.
 _MAX_HUB_SHARDS = 1024
 _TAR_BUFFER = 2**20
+_MOST_BYTES = 2**30
 _INSTALL = "pip install '.[data]'"
 
 
@@ -91,7 +92,7 @@ class TarShards:
                     sample, has_image, of_sample = (folder, stem), False, []
                 if self._is_wanted(extension):
                     n_images, has_image = n_images + 1, True
-                    yield f"{url}:{member.name}", partial(_member_bytes, tar, member)
+                    yield f"{url}:{member.name}", partial(member_bytes, tar, member)
                 elif "." in extension and self._is_wanted(extension.rpartition(".")[2]):
                     of_sample.append(member.name)
             left_out += [] if has_image else of_sample
@@ -124,7 +125,10 @@ def _raise(error: Exception) -> NoReturn:
     raise error
 
 
-def _member_bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+def member_bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """ValueError for more than a GiB, of which a compressed or sparse archive needs to hold little."""
+    if member.size > _MOST_BYTES:
+        raise ValueError(f"expected a member of at most 1 GiB, got {member.size} bytes")
     return tar.extractfile(member).read()
 
 

@@ -277,6 +277,6 @@ def _load(entry: Path) -> Features | None:
         return Features(
             arrays["global_reprs"], arrays["patch_means"], arrays.get("patches"), labels, meta["unreadable"]
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         logger.warning("%s cannot be read and is made anew: %s", entry, reason(error))
         return None

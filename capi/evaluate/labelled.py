@@ -1,6 +1,5 @@
 """Labelled images: classes by sub-folder, column or `cls`, and masks beside images, in a column or in known layouts."""
 
-import io
 import os
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,9 +15,9 @@ from numpy import ndarray
 from PIL import Image
 
 from capi.data.folder import ImageFolder
-from capi.data.listing import IMAGE_EXTENSIONS, SourceError, listing_fingerprint
+from capi.data.listing import IMAGE_EXTENSIONS, SourceError, listing_fingerprint, open_image
 from capi.data.retry import PersistentFile, reason
-from capi.data.shards import HubShards, TarShards, hub_builder, stored_bytes
+from capi.data.shards import HubShards, TarShards, hub_builder, member_bytes, stored_bytes
 
 Part = Literal["train", "test"]
 Read = Callable[[], bytes]
@@ -57,7 +56,7 @@ class Masks:
 
         Raises whatever Pillow raises on broken data, and ValueError for a picture that is no mask.
         """
-        image = Image.open(io.BytesIO(data))
+        image = open_image(data)
         if image.mode not in ("1", "L", "P", "I", "I;16"):
             raise ValueError(f"a mask must have one channel of classes (grey or palette), got mode {image.mode}")
         values = np.asarray(image.resize((size, size), Image.Resampling.NEAREST)).astype(np.int64)
@@ -145,7 +144,7 @@ class LabelledShards:
             url = self._shards.shard_name(shard)
             try:
                 yield from self._samples(url)
-            except (OSError, tarfile.TarError) as error:
+            except (OSError, ValueError, tarfile.TarError) as error:
                 raise SourceError(f"{self.source}: {url} cannot be read: {reason(error)}") from error
 
     def _samples(self, url: str) -> Iterator[Item]:
@@ -159,7 +158,7 @@ class LabelledShards:
                 if (folder, stem) != key:
                     yield from self._sample(url, key, members)
                     key, members = (folder, stem), {}
-                members[extension.lower()] = tar.extractfile(member).read()
+                members[extension.lower()] = member_bytes(tar, member)
         yield from self._sample(url, key, members)
 
     def _sample(self, url: str, key: tuple[str, str] | None, members: dict[str, bytes]) -> Iterator[Item]:

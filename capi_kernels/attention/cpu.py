@@ -23,6 +23,7 @@ from capi_kernels.attention.cpu_whole import (
     images,
     packed,
     small_backward,
+    tiled,
     tiled_backward,
     whole_forward,
 )
@@ -159,7 +160,7 @@ def attention(
     for block in _blocks(sizes, *q.shape[1:]):
         places = (q, tables[:2], block.queries), (k, tables[2:], block.keys), (v, NONE, block.keys)
         operands = [_wide(block.part(x, tokens), block.tables(tables, tokens)) for x, tables, tokens in places]
-        o, l = aten._scaled_dot_product_flash_attention_for_cpu(*operands, scale=scale)  # noqa: E741
+        o, l = tiled(*operands, scale)  # noqa: E741
         out[block.queries, block.heads] = packed(o).to(dtype)
         logsumexp[block.queries, block.heads] = l.transpose(1, 2).flatten(0, 1)
         del operands, o  # Before the next block makes its own.

@@ -13,6 +13,7 @@ from capi_kernels.attention.rotary import halves, turned
 Tables = Sequence[Tensor | None]  # cos and sin, or None and None, of one side or of two
 Rotated = Sequence[Tensor | None]  # q and k as the forward rotated them, where it kept them
 PACKED = torch.contiguous_format
+VECTOR = 16  # Numbers in a vector instruction, at most.
 aten = torch.ops.aten
 
 
@@ -60,6 +61,15 @@ def _given(dx: Tensor, x: Tensor, groups: int, turn: Sequence[Tensor] | None, pl
     return out
 
 
+def tiled(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """PyTorch's tiled attention, but for rows of NaN: of fewer keys than a vector holds it makes zeros."""
+    out, logsumexp = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+    if k.shape[-2] < VECTOR and (zero := logsumexp == 0).any():  # As it then is, but not only then.
+        lost = zero & ~(q @ k.mT).amax(-1).isfinite()
+        out.masked_fill_(lost.unsqueeze(-1), torch.nan)
+    return out, logsumexp
+
+
 def whole_forward(
     q: Tensor, k: Tensor, v: Tensor, tables: Tables, groups: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -70,7 +80,7 @@ def whole_forward(
         q_ = turned(q_, q_turn, images(torch.empty_like(q, memory_format=PACKED), groups))
     if k_turn is not None:
         k_ = _taken(k, groups, k_turn)
-    out, logsumexp = aten._scaled_dot_product_flash_attention_for_cpu(q_, k_, v_, scale=scale)
+    out, logsumexp = tiled(q_, k_, v_, scale)
     rotated = packed(q_), k if k_turn is None else k_.view_as(k)
     return packed(out), logsumexp.transpose(1, 2).flatten(0, 1), *rotated
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from capi_kernels import reference
-from capi_kernels._checks import check_heads, check_rotary, check_shape, check_tensor
+from capi_kernels._checks import check_device, check_heads, check_rotary, check_shape, check_tensor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, out: Tensor, transpose: bool = False) -> Tensor:
@@ -80,12 +80,13 @@ def rotary_tables(
 
     Raises:
         TypeError: coords or freqs that are no tensors of floating point.
-        ValueError: other shapes.
+        ValueError: other shapes, or two devices.
     """
     check_tensor("coords", coords, "tokens 2")
     check_shape("coords", coords, tokens=len(coords), coordinates=2)
     check_tensor("freqs", freqs, "2 head_dim")
     check_shape("freqs", freqs, coordinates=2, head_dim=freqs.shape[1])
+    check_device("freqs", freqs, ("coords", coords))
     return reference.rotary_tables(coords, freqs)
 
 

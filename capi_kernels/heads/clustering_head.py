@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 from capi_kernels._autocast import dtype_under_autocast, register_autocast
 from capi_kernels._checks import (
     check_count,
+    check_flag,
     check_not_empty,
     check_positive,
     check_sinkhorn_options,
@@ -164,7 +165,7 @@ def clustering_head(
         prototypes]; together, all positions have the same columns). `clustering_targets` makes assignments of them.
 
     Raises:
-        TypeError: features, weight or bias that are not floating point, or float64 on a GPU.
+        TypeError: features, weight or bias that are not floating point, options of another type, or float64 on a GPU.
         ValueError: other shapes or devices, an empty axis, temperatures that are not positive and finite, n_iterations
             or position_chunk < 1, n_scored < 1 or more than the images, a negative or non-finite eps, on a GPU more
             than 1 048 576 prototypes.
@@ -175,6 +176,7 @@ def clustering_head(
     check_linear(features, weight, bias)
     check_positive(target_temperature=target_temperature, prediction_temperature=prediction_temperature)
     check_sinkhorn_options(n_iterations, eps)
+    check_flag("positionwise", positionwise)
     process_group = group_name(resolve_group(process_group))
     if position_chunk is not None:
         check_count("position_chunk", position_chunk)

@@ -20,6 +20,7 @@ from capi_kernels._checks import (
     check_device,
     check_not_empty,
     check_positive,
+    check_potentials,
     check_sinkhorn_options,
     check_tensor,
 )
@@ -187,7 +188,7 @@ def assignments_from_potentials(
         gradient.
 
     Raises:
-        TypeError: logits that are not floating point, rows that are not int32 or int64.
+        TypeError: logits that are not floating point, rows that are not int32 or int64, potentials that are none.
         ValueError: no prototype, logits or potentials of another shape or device, rows out of range (looked at on a
             CPU, uncompiled), a temperature that is not positive and finite.
     """
@@ -195,6 +196,8 @@ def assignments_from_potentials(
     check_not_empty("logits", prototypes=logits.shape[-1])
     check_positive(temperature=temperature)
     *slices, images, prototypes = logits.shape
+    check_potentials(potentials)
+    potentials = Potentials(*potentials)
     if rows is None:
         for name, x, last in zip(Potentials._fields, potentials, (prototypes, prototypes, images), strict=True):
             check_device(name, x, ("logits", logits))
