@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, features
+from PIL import Image, ImageChops, ImageDraw, ImageFont, features
 
 _HELD_OUT = 0.25
 _SIDE = 64  # of the files, in pixels
@@ -19,7 +19,7 @@ _MARGIN = 8 / 7  # Evaluations look at the middle 7/8 of a picture.
 _BITMAP = 109  # the only size that the font has
 _SKIN = range(0x1F3FB, 0x1F400)
 _FEWEST = 100  # pictures that a category of clip art must have
-_NO_CATEGORY = ("special", "unsorted")
+_LEFT_OUT = ("special", "unsorted", "shapes")  # The first two are no categories, the third is circles nearly all alike.
 _MOST_PIXELS = 20_000_000  # A few are posters, which take minutes.
 
 Picture = tuple[str, str, Image.Image]  # class, name, the drawing on white
@@ -57,7 +57,7 @@ def clipart(share: Path) -> Iterator[Picture]:
     root = share / "openclipart" / "png"
     for category in sorted(root.iterdir()):
         files = sorted(category.rglob("*.png"))
-        if len(files) < _FEWEST or category.name in _NO_CATEGORY:
+        if len(files) < _FEWEST or category.name in _LEFT_OUT:
             continue
         for file in files:
             with file.open("rb") as png:
@@ -66,10 +66,11 @@ def clipart(share: Path) -> Iterator[Picture]:
                 continue
             with Image.open(file) as opened:
                 drawing = opened.convert("RGBA")
+            drawing = Image.alpha_composite(Image.new("RGBA", drawing.size, "white"), drawing).convert("RGB")
+            # Some are small on a large page.
+            drawing = drawing.crop(ImageChops.invert(drawing).getbbox())
             drawing.thumbnail((4 * _SIDE, 4 * _SIDE))
-            ground = Image.new("RGBA", drawing.size, "white")
-            name = "-".join(file.relative_to(category).with_suffix("").parts)
-            yield category.name, name, Image.alpha_composite(ground, drawing).convert("RGB")
+            yield category.name, "-".join(file.relative_to(category).with_suffix("").parts), drawing
 
 
 SETS: dict[str, Callable[[Path], Iterator[Picture]]] = {"emoji": emoji, "clipart": clipart}

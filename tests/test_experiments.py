@@ -132,7 +132,7 @@ def test_pictures_are_distinct_split_and_the_same_at_every_call(tmp_path, monkey
     monkeypatch.setattr(pictures, "_MOST_PIXELS", 1000)
     rng = np.random.default_rng(0)
     root = tmp_path / "share" / "openclipart" / "png"
-    for category, n in ("food", 8), ("tools", 7), ("rare", 3), ("unsorted", 9):
+    for category, n in ("food", 8), ("tools", 7), ("rare", 3), ("shapes", 9):
         (root / category / "deeper").mkdir(parents=True)
         for i in range(n):
             pixels = rng.integers(0, 256, (20, 30, 4), np.uint8)
