@@ -14,6 +14,7 @@ from experiments.runs import (
     Run,
     chosen,
     command,
+    exit_status,
     excess,
     of_arms,
     perform,
@@ -60,8 +61,8 @@ def table(records: Sequence[Record]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
     parser = command(__doc__, "ablations")
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="of ablations.yaml (all)")
     arguments = parser.parse_args(argv)
@@ -74,8 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     order = list(sweep)
     records = sorted(read_records(arguments.results), key=lambda record: order.index(record["arm"]))
     write_table(arguments.results, "ablations", records, table(records))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

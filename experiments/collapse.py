@@ -21,6 +21,7 @@ from experiments.runs import (
     Run,
     chosen,
     command,
+    exit_status,
     excess,
     of_arms,
     perform,
@@ -125,8 +126,8 @@ def _band(axes: Axes, runs: Sequence[Points], colour: str, name: str) -> None:
     axes.fill_between(steps, list(map(min, by_step)), list(map(max, by_step)), color=colour, alpha=0.2, linewidth=0)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
     parser = command(__doc__, "collapse")
     parser.add_argument("--settings", nargs="+", metavar="NAME", help="of collapse.yaml (all)")
     arguments = parser.parse_args(argv)
@@ -143,8 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     records = sorted(read_records(arguments.results), key=lambda record: order.index(record["arm"]))
     write_table(arguments.results, "collapse", records, table(records))
     write_atomically(arguments.results.with_suffix(".png"), lambda file: draw(records, file))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

@@ -25,6 +25,7 @@ from experiments.runs import (
     append,
     chosen,
     command,
+    exit_status,
     made,
     of_arms,
     perform,
@@ -86,8 +87,8 @@ def table(records: Sequence[Record]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
     parser = command(__doc__, "drawings")
     parser.add_argument("--sets", nargs="+", choices=SETS, default=["emoji"], help="(emoji)")
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="of drawings.yaml (all)")
@@ -104,8 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             append(arguments.results, {"arm": f"{name}/{PIXELS}", "seed": 0, "options": {}, "scores": scores, **made()})
     records = read_records(arguments.results)
     write_table(arguments.results, "drawings", records, table(records))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

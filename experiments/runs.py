@@ -9,10 +9,10 @@ import json
 import logging
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import get_context
@@ -79,7 +79,7 @@ def append(path: Path, record: Record) -> None:
 
 
 def perform(
-    runs: Iterable[Run], results: Path, folder: Path, jobs: int = 1, score: Callable[[Path], dict] = lambda _: {}
+    runs: Iterable[Run], results: Path, folder: Path, jobs: int = 1, score: Callable[[Path], dict] | None = None
 ) -> None:
     """Trains the runs that `results` has no line of, so many at a time, and appends theirs.
 
@@ -103,15 +103,18 @@ def perform(
             )
     work = partial(_trained, folder=folder, score=score)
     pool = ProcessPoolExecutor(jobs, get_context("spawn")) if jobs > 1 else None
-    with pool or nullcontext():
+    try:
         futures = [pool.submit(work, run) for run in missing] if pool else []
-        made_ = (future.result() for future in as_completed(futures)) if pool else map(work, missing)
-        for number, record in enumerate(made_, start=1):
+        finished = (future.result() for future in as_completed(futures)) if pool else map(work, missing)
+        for number, record in enumerate(finished, start=1):
             append(results, record)
             logger.info("%s, seed %d: done, %d of %d", record["arm"], record["seed"], number, len(missing))
+    finally:
+        if pool:
+            pool.shutdown(cancel_futures=True)  # After a failure or Ctrl-C no other begins.
 
 
-def _trained(run: Run, folder: Path, score: Callable[[Path], dict]) -> Record:
+def _trained(run: Run, folder: Path, score: Callable[[Path], dict] | None) -> Record:
     """Trains, or goes on, to the end; returns the line."""
     run_dir = folder / f"{run.arm}-seed-{run.seed}"
     options = {**run.options, **run.places, "run.seed": run.seed, "run.output_dir": run_dir}
@@ -128,7 +131,7 @@ def _trained(run: Run, folder: Path, score: Callable[[Path], dict]) -> Record:
         "arm": run.arm,
         "seed": run.seed,
         "options": _plain(run.options),
-        "scores": {name: series[name][-1][1] for name in evaluated} | score(run_dir),
+        "scores": {name: series[name][-1][1] for name in evaluated} | (score(run_dir) if score else {}),
         "tokens_a_reading": next(line["assigned_tokens"] for line in lines if "assigned_tokens" in line),
         "series": series,
         "cpu_seconds": round(seconds),  # Of the call that finished it.
@@ -202,3 +205,14 @@ def command(description: str, name: str) -> argparse.ArgumentParser:
     parser.add_argument("--folder", type=Path, default=Path("runs") / name, help="of the trainings (%(default)s)")
     parser.add_argument("--report", action="store_true", help="train nothing: table and figure of what is there")
     return parser
+
+
+def exit_status(main: Callable[[], None]) -> int:
+    """Runs an experiment's command; what its user can set right is said in one line."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        main()
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    return 0

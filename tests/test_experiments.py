@@ -12,7 +12,7 @@ from capi import train
 from capi.config import load_config
 from capi.config_check import check_config
 from experiments import ablations, collapse, drawings, pictures
-from experiments.runs import Run, argv, chosen, of_arms, perform, read_records, read_sweep, spread
+from experiments.runs import Run, argv, chosen, exit_status, of_arms, perform, read_records, read_sweep, spread
 
 SWEEPS = (ablations.SWEEP, collapse.SWEEP, drawings.SWEEP)
 
@@ -50,15 +50,15 @@ def run(tmp_path) -> Run:
 
 
 def test_a_second_run_gives_the_same_numbers_bit_for_bit(run, tmp_path, monkeypatch) -> None:
+    """In another process too, beside another."""
     monkeypatch.chdir(tmp_path)
-    for name in ("one", "two"):
-        perform([run], tmp_path / f"{name}.jsonl", tmp_path / name, score=lambda run_dir: {"files": run_dir.name})
-    (one,), (two,) = (read_records(tmp_path / f"{name}.jsonl") for name in ("one", "two"))
+    perform([run], tmp_path / "one.jsonl", tmp_path / "one", score=lambda run_dir: {"folder": run_dir.name})
+    perform([run, Run(run.arm, 4, run.options)], tmp_path / "two.jsonl", tmp_path / "two", jobs=2)
+    (one,), both = (read_records(tmp_path / f"{name}.jsonl") for name in ("one", "two"))
+    two, other = sorted(both, key=lambda record: record["seed"])
+    assert one["scores"] == {"folder": "arm-seed-3"}
     assert [step for step, _ in one["series"]["loss"]] == list(range(1, 7))
     assert one["series"] == two["series"]
-    assert one["scores"] == two["scores"] == {"files": "arm-seed-3"}
-    perform([Run("set/arm", 4, run.options)], tmp_path / "two.jsonl", tmp_path / "two")
-    other = read_records(tmp_path / "two.jsonl")[1]
     assert other["series"]["loss"] != one["series"]["loss"]
 
 
@@ -98,7 +98,7 @@ def test_the_report_of_the_collapse_says_how_runs_ended_and_which(tmp_path) -> N
         for arm, excess in ("standard", 0.12), ("positionwise", -0.01):
             with results.open("a") as file:
                 file.write(json.dumps(record(f"few-scenes/{arm}", seed, excess, 0.5 + seed / 10)) + "\n")
-    assert collapse.main(["--report", "--results", str(results)]) == 0
+    collapse.main(["--report", "--results", str(results)])
     rows = [line for line in (tmp_path / "collapse.md").read_text().splitlines() if line.startswith("| few-scenes")]
     assert rows[0].startswith(
         "| few-scenes | standard Sinkhorn | 0, 1 | 0.096 ± 0.000 | 2.400 ± 0.000 | 0.550 ± 0.071 |"
@@ -119,6 +119,14 @@ def test_the_table_of_the_ablations_has_the_papers_figures_beside() -> None:
     assert random.startswith("| random masks | 0 | 0.400 |")
     assert random.endswith("| 23.6 / 76.4 |")
     assert set(ablations._PAPER) < set(read_sweep(ablations.SWEEP))
+
+
+def test_what_a_user_can_set_right_is_said_in_one_line(capsys) -> None:
+    assert exit_status(lambda: ablations.main(["--arms", "base", "neither"])) == 1
+    out, errors = capsys.readouterr()
+    assert errors.startswith("error: expected names of base, random masks,")
+    assert errors.count("\n") == 1
+    assert exit_status(lambda: None) == 0
 
 
 def test_spread() -> None:
