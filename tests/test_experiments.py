@@ -123,7 +123,7 @@ def test_the_table_of_the_ablations_has_the_papers_figures_beside() -> None:
 
 def test_what_a_user_can_set_right_is_said_in_one_line(capsys) -> None:
     assert exit_status(lambda: ablations.main(["--arms", "base", "neither"])) == 1
-    out, errors = capsys.readouterr()
+    _, errors = capsys.readouterr()
     assert errors.startswith("error: expected names of base, random masks,")
     assert errors.count("\n") == 1
     assert exit_status(lambda: None) == 0
