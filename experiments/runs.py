@@ -68,7 +68,7 @@ def chosen(sweep: Mapping[str, Options], names: Sequence[str] | None) -> dict[st
 
 def read_records(path: Path) -> list[Record]:
     """The runs that are done, as their lines say; none where there is no such file yet."""
-    return read_metrics(path) if path.is_file() else []
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def append(path: Path, record: Record) -> None:
