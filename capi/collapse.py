@@ -9,7 +9,7 @@ logger = logging.getLogger("capi")
 
 # Calibrated on experiments/results/collapse.jsonl: see docs/metrics.md.
 _READINGS = 5
-_LEAST_NATS = 0.03
+LEAST_NATS = 0.03
 _DEVIATIONS = 5
 
 
@@ -33,7 +33,7 @@ class CollapseAlarm:
         """Takes a reading in; returns the mean excess of the last ones, and from where on it is too much."""
         self._excesses.append(reading["positional_mi"] - reading["positional_mi_floor"])
         excess = sum(self._excesses) / len(self._excesses)
-        level = max(_LEAST_NATS, _DEVIATIONS * self._deviation / reading["assigned_tokens"])
+        level = max(LEAST_NATS, _DEVIATIONS * self._deviation / reading["assigned_tokens"])
         # Once it rings, until half of that, lest it ring anew at every reading.
         self.rings = len(self._excesses) == _READINGS and excess > (level / 2 if self.rings else level)
         return excess, level

@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from capi.checkpoint import write_atomically
-from capi.collapse import CollapseAlarm
+from capi.collapse import LEAST_NATS, CollapseAlarm
 from experiments.runs import (
     Record,
     Run,
@@ -114,8 +114,9 @@ def draw(records: Sequence[Record], png: Path) -> None:
                 axes.set_xlabel("step")
             seeds = dict.fromkeys(f"seeds {seeds_of(of_arm)}" for of_arm in of_setting.values())
             row[0].set_ylabel(f"{setting}\n{' / '.join(seeds)}")
-            row[0].legend(loc="upper left")
             row[0].axhline(0, color="0.6", linewidth=0.8)
+            row[0].axhline(LEAST_NATS, color="0.6", linewidth=0.8, linestyle=":", label="alarm")
+            row[0].legend(loc="upper left")
         figure.savefig(png, dpi=120, format="png")
 
 
