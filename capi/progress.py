@@ -6,6 +6,7 @@ import time
 import torch
 from tqdm import tqdm
 
+from capi.collapse import CollapseAlarm
 from capi.config import Config
 from capi.distributed import World, average
 from capi.evaluate.on_the_way import Evaluator
@@ -60,6 +61,7 @@ def log_step(
     result: StepResult,
     step: int,
     statistics: AssignmentStatistics,
+    alarm: CollapseAlarm,
     rates: Rates,
     writer: MetricsWriter | None,
     bar: tqdm,
@@ -82,6 +84,7 @@ def log_step(
         "target_entropy": entropy,
         "target_entropy_floor": entropy_floor(sinkhorn_batch, config.clustering.n_prototypes),
         **assignments,
+        **alarm.read(step, assignments),
         **rates.read(),
         "peak_memory_bytes": _peak_memory(world.device),
         "lr": result.lr,

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from capi.checkpoint import newest_checkpoint, step_of
+from capi.collapse import CollapseAlarm
 from capi.config import Config, load_config
 from capi.config_check import check_config
 from capi.data.prefetch import DevicePrefetcher
@@ -19,7 +20,7 @@ from capi.evaluate.on_the_way import Evaluator
 from capi.fp8 import fp8_obstacle
 from capi.loggers import import_loggers, start_loggers
 from capi.masking import check_masking
-from capi.metrics import AssignmentStatistics, MetricsWriter
+from capi.metrics import AssignmentStatistics, MetricsWriter, read_metrics
 from capi.model import CAPI
 from capi.profiling import WARM_UP_STEPS, StepProfiler
 from capi.progress import Rates, announce, log_evaluation, log_step
@@ -96,6 +97,8 @@ def _run_steps(
     statistics = AssignmentStatistics(n_tokens, config.clustering.n_prototypes)
     entry = record_start(run_dir, world, start)
     writer = MetricsWriter(run_dir, start, start_loggers(config, run_dir, entry)) if world.is_main else None
+    before = read_metrics(run_dir / "metrics.jsonl") if world.is_main else []
+    alarm = CollapseAlarm(n_tokens, config.clustering.n_prototypes, before)
     checkpoints = Checkpoints(trainer, begun, run_dir, results)
     bar = tqdm(
         total=config.optim.steps,
@@ -137,7 +140,7 @@ def _run_steps(
                 del micro_batches  # The prefetcher bounds what the device holds.
                 done = step + 1
                 if done % config.run.log_every == 0 or last:
-                    log_step(trainer, result, step, statistics, rates, writer, bar)
+                    log_step(trainer, result, step, statistics, alarm, rates, writer, bar)
                 if world.device.type == "cpu" or done % config.run.log_every == 0 or last:
                     checkpoints.check_finite(config.run.max_nan_steps if not last else 1)
                 bar.update()

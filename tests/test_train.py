@@ -36,12 +36,17 @@ def test_a_run_writes_its_folder(arguments, tmp_path, capsys) -> None:
     lines = metrics_of(run_dir)
     assert [line["step"] for line in lines] == list(range(6))
     keys = "loss clustering_loss target_entropy target_entropy_floor positional_mi positional_mi_floor dead_prototypes "
+    keys += "positional_excess positional_alarm "
     keys += "images_per_second flops_per_second peak_memory_bytes lr momentum clustering_lr data_wait time"
     for line in lines:
         assert set(keys.split()) <= line.keys()
         assert all(value is not None for value in line.values())
         assert 0 <= line["data_wait"] <= 1
+        # Chance alone is far larger here, with 19 tokens or so for 16 positions and as many clusters.
+        assert line["positional_alarm"] == 0
         assert "device_wait" not in line  # There is no GPU to wait for.
+    excesses = [line["positional_mi"] - line["positional_mi_floor"] for line in lines]
+    assert lines[-1]["positional_excess"] == pytest.approx(sum(excesses[-5:]) / 5)
     assert lines[0]["target_entropy_floor"] == pytest.approx(0.6931, abs=1e-4)
     assert lines[0]["target_entropy"] > 0.69
     assert lines[0]["positional_mi"] > 0  # Of so few tokens even by chance, unless all stood at one position.

@@ -1,0 +1,100 @@
+"""Labelled pictures that Debian's packages hold, as folders that `capi.train` and `capi.evaluate` read.
+
+`apt-get install fonts-noto-color-emoji unicode-data openclipart-png`; without root, `apt-get download` and `dpkg -x`.
+"""
+
+import hashlib
+import re
+import shutil
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageChops, ImageDraw, ImageFont, features
+
+_HELD_OUT = 0.25
+_SIDE = 64  # of the files, in pixels
+_MARGIN = 8 / 7  # Evaluations look at the middle 7/8 of a picture.
+_BITMAP = 109  # the only size that the font has
+_SKIN = range(0x1F3FB, 0x1F400)
+_FEWEST = 100  # pictures that a category of clip art must have
+_LEFT_OUT = ("special", "unsorted", "shapes")  # The first two are no categories, the third is circles nearly all alike.
+_MOST_PIXELS = 20_000_000  # A few are posters, which take minutes.
+
+Picture = tuple[str, str, Image.Image]  # class, name, the drawing on white
+
+
+def listed(listing: Path) -> Iterator[tuple[str, str]]:
+    """Group and text of each emoji of Unicode's emoji-test.txt, without those of another skin."""
+    group = ""
+    for line in listing.read_text().splitlines():
+        if line.startswith("# group: "):
+            group = line.removeprefix("# group: ").replace(" & ", "-and-")
+        elif found := re.match(r"([0-9A-F ]+?) *; fully-qualified", line):
+            codes = [int(code, 16) for code in found[1].split()]
+            if not any(code in _SKIN for code in codes):
+                yield group, "".join(map(chr, codes))
+
+
+def emoji(share: Path) -> Iterator[Picture]:
+    """Emoji of Noto's colour font (SIL OFL 1.1) by Unicode's nine groups.
+
+    Raises RuntimeError where Pillow cannot compose an emoji of several characters.
+    """
+    if not features.check("raqm"):
+        raise RuntimeError("emoji of several characters need a Pillow with Raqm, got one without")
+    font = share / "fonts" / "truetype" / "noto" / "NotoColorEmoji.ttf"
+    typeface = ImageFont.truetype(font, _BITMAP, layout_engine=ImageFont.Layout.RAQM)
+    for group, text in listed(share / "unicode" / "emoji" / "emoji-test.txt"):
+        drawing = Image.new("RGB", typeface.getbbox(text)[2:], "white")
+        ImageDraw.Draw(drawing).text((0, 0), text, font=typeface, embedded_color=True)
+        yield group, "-".join(f"{ord(character):x}" for character in text), drawing
+
+
+def clipart(share: Path) -> Iterator[Picture]:
+    """The Open Clip Art Library of 2005 (public domain) by its categories of a hundred pictures and more."""
+    root = share / "openclipart" / "png"
+    for category in sorted(root.iterdir()):
+        files = sorted(category.rglob("*.png"))
+        if len(files) < _FEWEST or category.name in _LEFT_OUT:
+            continue
+        for file in files:
+            with file.open("rb") as png:
+                width, height = struct.unpack(">II", png.read(24)[16:])
+            if width * height > _MOST_PIXELS:
+                continue
+            with Image.open(file) as opened:
+                drawing = opened.convert("RGBA")
+            drawing = Image.alpha_composite(Image.new("RGBA", drawing.size, "white"), drawing).convert("RGB")
+            # Some are small on a large page.
+            drawing = drawing.crop(ImageChops.invert(drawing).getbbox())
+            drawing.thumbnail((4 * _SIDE, 4 * _SIDE))
+            yield category.name, "-".join(file.relative_to(category).with_suffix("").parts), drawing
+
+
+SETS: dict[str, Callable[[Path], Iterator[Picture]]] = {"emoji": emoji, "clipart": clipart}
+
+
+def write_pictures(name: str, share: Path, folder: Path) -> None:
+    """Writes each distinct picture of a set to `folder`/train/CLASS or, a quarter by chance, /test/CLASS.
+
+    The same files at every call; nothing where `folder` is there already. Raises OSError where a package is missing.
+    """
+    if folder.is_dir():
+        return
+    distinct: dict[str, Picture] = {}
+    for label, title, drawing in SETS[name](share):
+        side = round(max(drawing.size) * _MARGIN)
+        picture = Image.new("RGB", (side, side), "white")
+        picture.paste(drawing, ((side - drawing.width) // 2, (side - drawing.height) // 2))
+        picture = picture.resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
+        distinct.setdefault(hashlib.sha256(picture.tobytes()).hexdigest(), (label, title, picture))
+    unfinished = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    order = np.random.default_rng(0).permutation(len(distinct))
+    for place, (label, title, picture) in zip(order, distinct.values(), strict=True):
+        path = unfinished / ("test" if place < _HELD_OUT * len(distinct) else "train") / label / f"{title}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+    unfinished.rename(folder)
