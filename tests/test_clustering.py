@@ -323,6 +323,7 @@ def test_logits_of_all_positions_never_exist_at_once() -> None:
         )
 
 
+@pytest.mark.usefixtures("without_annotations")
 def test_bad_arguments() -> None:
     features, weight, bias, _ = draw(6, 4, 9, 5)
     good = {"features": features, "weight": weight, "bias": bias}

@@ -254,6 +254,7 @@ def test_ops_called_by_name_give_constants() -> None:
     assert not any(x.requires_grad for x in (assignments, *potentials, again))
 
 
+@pytest.mark.usefixtures("without_annotations")
 def test_bad_potentials() -> None:
     logits = draw(2, 3, 4)
     potentials = sinkhorn_potentials(logits)

@@ -279,6 +279,7 @@ def test_rotary_tables_are_formed_in_float32() -> None:
     assert rotary_tables(coords.double(), freqs.double())[0].dtype == torch.float64
 
 
+@pytest.mark.usefixtures("without_annotations")
 def test_bad_arguments() -> None:
     good = arguments([3, 4], torch.float32)  # 7 tokens, 3 heads of 8
     q, k, v, cos, cu = (good[name] for name in ("q", "k", "v", "cos", "cu_seqlens"))
