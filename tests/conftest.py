@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
 
 OPTIONAL = {"triton": "*_triton.py", "hypothesis": "test_fuzz_*.py"}
 collect_ignore_glob = [files for package, files in OPTIONAL.items() if not find_spec(package)]
-collect_ignore_glob += [] if os.environ.get("CAPI_SOAK") else ["soak/*"]
+collect_ignore_glob += [] if os.environ.get("CAPI_SOAK") else ["soak"]
 GUARD = 1024  # Elements on both sides of every new tensor.
 
 
