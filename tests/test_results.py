@@ -25,7 +25,8 @@ PNG = b"\x89PNG"
 
 @pytest.fixture
 def arguments(tmp_path) -> list[str]:
-    return [*tiniest(tmp_path), "--run.evaluate", "true"]
+    # On a busy machine pictures alone take longer than a stop may.
+    return [*tiniest(tmp_path), "--run.evaluate", "true", "--run.stop_timeout", "100"]
 
 
 @pytest.fixture
