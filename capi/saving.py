@@ -6,9 +6,10 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from tqdm import tqdm
 
 from capi.background import in_background
@@ -52,12 +53,8 @@ class Checkpoints:
         if begun.shared and trainer.world.size > 1:
             # Of its own: ranks come to what they say here at other times than to their steps.
             self._group = dist.new_group(backend="gloo")
-        gpu = trainer.world.device.type == "cuda"
-        self._stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=gpu
-            )
-        )
+        # What DefaultStager, which up to PyTorch 2.11 forgets its memory each time, does the work with.
+        self._stager = StateDictStager(pin_memory=trainer.world.device.type == "cuda")
 
     def save(self, step: int) -> None:
         """Called by all ranks after the same step; returns once the state is copied."""
@@ -76,7 +73,7 @@ class Checkpoints:
             tensors = tensors_of(self.trainer.model, self.trainer.optimizers)
             rank, size = (0, 1) if self._group is None else (world.rank, world.size)
             part, files = part_of_rank(tensors, rank, size)
-            state = self._state(step, self.all_streams, self._stager.stage(part))
+            state = self._state(step, self.all_streams, self._copied(part))
         self._writing = in_background(lambda: self._write(step, state, files))
         config = self.trainer.config
         draws = config.run.evaluate and step < config.optim.steps
@@ -160,6 +157,14 @@ class Checkpoints:
 
     def _newest(self) -> Path | str:
         return newest_checkpoint(self.run_dir) or "none"
+
+    def _copied(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """In the host's memory, which is kept for the next time."""
+        on_gpu = self.trainer.world.device.type == "cuda"
+        copies = self._stager.stage(tensors, non_blocking=on_gpu)
+        if on_gpu:
+            torch.cuda.synchronize()
+        return copies
 
     def _stream(self, step: int) -> dict:
         return next(state for state in self.streams if state["step"] == step)

@@ -41,6 +41,7 @@ SLOW_SECONDS = 30.0
 SLOW_TIMES = 10  # the median step
 USUAL_STEPS = 3  # that tell what is usual: in the first ones kernels are compiled
 UNWIND_SECONDS = 30.0
+JOIN_SECONDS = 10.0  # A store that is gone may not answer for longer.
 ALONE = ("evaluation", "checkpoint")  # Phases of one rank, for which the others wait.
 
 _TORCH = f"{Path(torch.__file__).parent}{os.sep}"
@@ -96,6 +97,7 @@ class Watchdog:
         self._leaving = False
         self._ending = Lock()
         self._over = Event()
+        self._threads: list[Thread] = []
 
     def __enter__(self) -> "Watchdog":
         if self.world.store is not None:
@@ -104,15 +106,21 @@ class Watchdog:
             self._store = dist.PrefixStore("watchdog", self.world.store)
             self._store.set(str(self.world.rank), json.dumps(asdict(Beat())))
             dist.barrier()
-            Thread(target=self._exchange, daemon=True).start()
-        Thread(target=self._watch, daemon=True).start()
+            self._start(self._exchange)
+        self._start(self._watch)
         return self
+
+    def _start(self, target: Callable[[], None]) -> None:
+        self._threads.append(Thread(target=target, daemon=True))
+        self._threads[-1].start()
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if self._is_of_a_lost_rank(error):
             self._leave(error)
         if not isinstance(error, Lost):  # Then the threads see to it that the process does end.
             self._over.set()
+            for thread in self._threads:  # At the end of the interpreter one within the store would abort the process.
+                thread.join(JOIN_SECONDS)
 
     @contextmanager
     def steps(self, host: HostTime, run_dir: Path, save: Callable[[], None]) -> Iterator[None]:

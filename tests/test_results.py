@@ -25,7 +25,8 @@ PNG = b"\x89PNG"
 
 @pytest.fixture
 def arguments(tmp_path) -> list[str]:
-    return [*tiniest(tmp_path), "--run.evaluate", "true"]
+    # On a busy machine pictures alone take longer than a stop may.
+    return [*tiniest(tmp_path), "--run.evaluate", "true", "--run.stop_timeout", "100"]
 
 
 @pytest.fixture
@@ -133,7 +134,7 @@ def test_a_source_that_hangs_holds_up_a_stop_for_a_bounded_time(
     assert (run_dir / "curves.png").exists()
 
 
-# A full disk, for which a limit on the size of files stands.
+# A full disk, for which a limit on the size of files stands: more than what the tests' own output comes to.
 
 
 def limit_files(n_bytes: int) -> None:
@@ -151,7 +152,7 @@ def unlimited_afterwards():
 def test_a_run_goes_on_while_the_disk_is_full_and_saves_again_later(arguments, run_dir, before_step, caplog) -> None:
     arguments = [*arguments, "--run.checkpoint_every", "1", "--run.keep_checkpoints", "1", "--run.evaluate", "false"]
     seen = []
-    before_step(2, lambda: limit_files(2000))
+    before_step(2, lambda: limit_files(20_000))
     before_step(4, lambda: seen.append([path.name for path in (run_dir / "checkpoints").iterdir()]))
     before_step(4, lambda: limit_files(resource.RLIM_INFINITY))
     assert main(arguments) == 0
@@ -168,7 +169,7 @@ def test_a_run_goes_on_while_the_disk_is_full_and_saves_again_later(arguments, r
 
 @pytest.mark.usefixtures("unlimited_afterwards", "saved_at_once")
 def test_a_stop_that_cannot_be_saved_says_from_where_it_goes_on(arguments, before_step, caplog) -> None:
-    before_step(4, lambda: limit_files(2000))
+    before_step(4, lambda: limit_files(20_000))
     before_step(4, stop)
     assert main(arguments) == 128 + signal.SIGTERM
     assert "stopped by SIGTERM after step 5; the same command goes on from step 3" in caplog.text

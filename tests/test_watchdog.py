@@ -230,3 +230,15 @@ def test_who_waits_for_others_is_told_by_the_stack() -> None:
     weight.register_hook(lambda gradient: seen.append(where(sys._getframe().f_back)))
     (weight * 2).sum().backward()
     assert seen[0][0]  # The hook's caller is the engine, in which gradients are averaged.
+
+
+def test_its_threads_end_with_it() -> None:
+    """One within the store, at the end of the interpreter, would abort the process."""
+    store = HashStore()
+    watchdog = Watchdog(World(0, 1, torch.device("cpu"), store), 60.0)
+    watchdog._store = store
+    for target in (watchdog._exchange, watchdog._watch):
+        watchdog._start(target)
+    assert all(thread.is_alive() for thread in watchdog._threads)
+    watchdog.__exit__(None, None, None)
+    assert not any(thread.is_alive() for thread in watchdog._threads)
