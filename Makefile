@@ -38,13 +38,16 @@ train: $(VENV)/.installed
 # One thread a process, unless the environment says otherwise.
 PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/python -m pytest -n $(shell nproc) --dist worksteal
 TESTS ?= tests
+# Trainings that are forked of a test's process come first, while it has no threads of other tests.
+FORKING := tests/test_watchdog.py tests/test_stopping.py
 NUMERICAL := $(wildcard $(patsubst %,tests/test_%.py,numerics reference sinkhorn clustering student_loss distributed_sinkhorn \
 	     visible_attention masked_cross_attention cross_attention_weights model optim official_parity))
 
 test: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(PYTEST) $(TESTS)
+	$(if $(filter tests,$(TESTS)),$(PYTEST) $(FORKING))
+	$(PYTEST) $(TESTS) $(if $(filter tests,$(TESTS)),$(addprefix --ignore=,$(FORKING)))
 
 # Faults one after the other: they wait for each other's processes, and measure how long that takes.
 soak: $(VENV)/.installed

@@ -1,5 +1,6 @@
 """Trainings in forks of the test's process, one or several ranks: real signals end them."""
 
+import faulthandler
 import logging
 import os
 import signal
@@ -59,13 +60,17 @@ class Run:
         os.dup2(file, 2)
         sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))  # noqa: SIM115
         logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+        faulthandler.enable(sys.stderr)
         torch.set_num_threads(1)
         os.environ.update(environment)
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + LONG
         while not condition():
-            assert time.monotonic() < deadline, self.said()
+            if time.monotonic() > deadline:
+                os.kill(self.pid, signal.SIGABRT)  # It says where it is.
+                time.sleep(1)
+                raise AssertionError(self.said())
             time.sleep(0.02)
 
     def wait_for_steps(self, n: int) -> None:
