@@ -136,7 +136,7 @@ def measure(request: pytest.FixtureRequest, benchmark, meter, deadline, races) -
                 torch.compiler.reset()
                 races["shape"] = (op, shape)
             entrants = {name: lambda name=name: entrant(name) for name in request.config.stash[GROUPS][group]}
-            rounds, seconds = (20, 3.0) if shapes.GPU else (9, 2.0)
+            rounds, seconds = (20, 3.0) if shapes.GPU else (60, 6.0)
             races[group] = None, {}  # What fails is not tried again.
             release(shapes.DEVICE)
             ceilings = meter and meter.at(max(cost.copied_bytes or shapes.COPIED_BYTES, shapes.LEAST_COPIED_BYTES))

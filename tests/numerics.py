@@ -53,7 +53,8 @@ def sums_in_blocks(blocks: int) -> Iterator[None]:
         return total.to(a.dtype)
 
     def added(x: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1) -> Tensor:
-        return beta * x + alpha * product(a, b)
+        scaled = alpha * product(a, b)
+        return scaled if beta == 0 else beta * x + scaled
 
     with torch.library._scoped_library("aten", "IMPL") as library, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators")  # of other kernels than PyTorch's

@@ -29,6 +29,7 @@ def test_products_are_summed_in_the_order_asked_for(dtype: torch.dtype) -> None:
         products[-1].addmm_(a, b.T)
         products += [torch.bmm(*batched)[0], torch.baddbmm(zero[None], *batched)[0], torch.einsum("ik,jk->ij", a, b)]
         doubled = torch.addmm(zero + 1, a, b.T, beta=3, alpha=2)
+        products.append(torch.addmm(zero + torch.nan, a, b.T, beta=0))
     for product in products:
         assert torch.equal(product, in_turn(dtype))
     torch.testing.assert_close(doubled, 3 + 2 * in_turn(dtype))

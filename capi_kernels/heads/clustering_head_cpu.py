@@ -54,13 +54,16 @@ def clustering_head(
         features, chunk = features.reshape(1, tokens, dim), 1
 
     slices = positions if positionwise else 1
-    shapes = ((slices, prototypes), (slices, prototypes), (slices, tokens // slices))
-    potentials = Potentials(*(features.new_ones(shape, dtype=wide) for shape in shapes))
+    column_max, column = (features.new_empty((slices, prototypes), dtype=wide) for _ in range(2))
+    potentials = Potentials(column_max, column, features.new_ones((slices, tokens // slices), dtype=wide))
     linear = StreamedLinear(features, weight, bias, dtype, chunk, in_flight)
     buffers = features.new_empty((in_flight, chunk, features.shape[1], prototypes), dtype=wide)
     cross_entropy = SoftCrossEntropy(chunk * features.shape[1], prototypes, wide, prediction_temperature)
     loss = features.new_zeros((), dtype=torch.float64)
-    dweight = None
+    n_tokens = positions * (images if n_scored is None else n_scored)
+    factor = -1 / (prediction_temperature * n_tokens)
+    beta = 0  # Nothing is read of the gradient that the first product overwrites.
+    dweight = (weight.new_empty if dtype == wide else weight.new_zeros)(weight.shape, dtype=wide)
     dbias = weight.new_zeros(prototypes, dtype=wide)
     chunks = balance_positions(linear, buffers, potentials, target_temperature, n_iterations, eps, process_group)
     for block in in_turn(chunks, in_flight):
@@ -71,20 +74,16 @@ def clustering_head(
         minus_dlogits = logits if dtype == wide else torch.empty_like(t)
         for some_rows in zip(*(x.split(cross_entropy.rows) for x in (t, logits, minus_dlogits)), strict=True):
             loss += cross_entropy(*some_rows)
-        factors = minus_dlogits.to(dtype).mT, f
-        if dweight is None:
-            dweight = torch.mm(*factors).to(wide)
-        elif dtype == wide:
-            dweight.addmm_(*factors)
-        else:
-            dweight += torch.mm(*factors)
+        if dtype == wide:
+            dweight.addmm_(minus_dlogits.mT, f, beta=beta, alpha=factor)
+            beta = 1
+        else:  # Scaled in float32: float16 would lose the small.
+            dweight.add_(torch.mm(minus_dlogits.to(dtype).mT, f), alpha=factor)
         dbias += minus_dlogits.sum(0)
     potentials.column.mul_(math.exp(HEADROOM))
-    tokens = positions * (images if n_scored is None else n_scored)
-    factor = -1 / (prediction_temperature * tokens)
     if not positionwise:
         potentials = Potentials(*(x[0] for x in potentials))
-    return (loss / tokens).to(wide), potentials, dweight.mul_(factor), dbias.mul_(factor)
+    return (loss / n_tokens).to(wide), potentials, dweight, dbias.mul_(factor)
 
 
 def _apart(

@@ -82,7 +82,9 @@ def exponentials(blocks: Iterable[Block], column_max: Tensor, temperature: float
     """The blocks (exponentials, rows, logits, ...) with E exp(HEADROOM) computed."""
     for block in blocks:
         E, _, logits = block[:3]
-        _exponential_(E.copy_(logits).sub_(column_max), temperature)
+        # Operands of two dtypes would be converted through a copy of their own.
+        torch.sub(logits if logits.dtype == E.dtype else E.copy_(logits), column_max, out=E)
+        _exponential_(E, temperature)
         yield block
 
 
@@ -175,7 +177,8 @@ def balanced(
     dtype = torch.promote_types(logits.dtype, torch.float32)
     *slices, images, prototypes = logits.shape
     out = torch.empty(logits.shape, dtype=logits.dtype) if assign else None
-    potentials = Potentials(*(torch.ones((*slices, n), dtype=dtype) for n in (prototypes, prototypes, images)))
+    column_max, column = (torch.empty((*slices, prototypes), dtype=dtype) for _ in range(2))
+    potentials = Potentials(column_max, column, torch.ones((*slices, images), dtype=dtype))
     times = IN_PLACE if assign and logits.dtype == dtype else 1
     chunk = positions_per_chunk(images, prototypes, dtype.itemsize, process_group, times)
     tensors = (logits, out, *potentials)
