@@ -39,32 +39,35 @@ def balance(
     """
     column.fill_(SHIFT - HEADROOM).exp_()
     row_limit = torch.finfo(column.dtype).max ** 0.8
-    column_sum = torch.zeros_like(column)
+    column_sum, eps_ = torch.empty_like(column), column.new_tensor(eps)
+    beta = 0  # The first sums overwrite those of the iteration before.
     for E, row, *_ in blocks_of_pass(0):
-        _add_column_sums_(column_sum, row, E)
+        beta = _add_column_sums_(column_sum, row, E, beta)
     for iteration in range(1, n_iterations + 1):
         yield from reduced(column_sum, ReduceOp.SUM, process_group)
-        column.div_((column * column_sum).add_(eps))
+        column.div_(torch.addcmul(eps_, column, column_sum, out=column_sum))
         # Only column * row matters: a fixed largest column keeps both from drifting to 0 and inf in many iterations.
         scale = column.amax(-1, keepdim=True).mul_(math.exp(HEADROOM))
         column.div_(scale)
-        column_sum.zero_()
+        beta = 0
         for block in blocks_of_pass(iteration):
             E, row = block[:2]
             row.mul_(scale)
             # A row without any mass gains 1 / eps each time; inf would turn its zeros to NaN.
             row.div_((row * _row_sums(E, column)).add_(eps)).clamp_(max=row_limit)
             if iteration < n_iterations:
-                _add_column_sums_(column_sum, row, E)
+                beta = _add_column_sums_(column_sum, row, E, beta)
             else:
                 E.mul_(column).mul_(row)
                 yield block
 
 
-def _add_column_sums_(column_sum: Tensor, row: Tensor, E: Tensor) -> None:
-    """Adds row^T E [p, 1, K], a few rows at a time."""
+def _add_column_sums_(column_sum: Tensor, row: Tensor, E: Tensor, beta: int) -> int:
+    """Adds row^T E [p, 1, K], a few rows at a time, to beta times what is there; returns the next beta, 1."""
     for some_rows, e in zip(row.split(SUMMED, dim=1), E.split(SUMMED, dim=1), strict=True):
-        column_sum.baddbmm_(some_rows.mT, e)
+        column_sum.baddbmm_(some_rows.mT, e, beta=beta)
+        beta = 1
+    return beta
 
 
 def _row_sums(E: Tensor, column: Tensor) -> Tensor:
@@ -202,4 +205,4 @@ def assignments(logits: Tensor, potentials: Potentials, rows: Tensor | None, tem
     E = torch.empty(logits.shape, dtype=torch.promote_types(logits.dtype, column_max.dtype))
     torch.sub(logits, column_max, out=E)
     _exponential_(E, temperature)
-    return E.mul_(column * math.exp(-HEADROOM)).mul_(row)
+    return E.mul_(column).mul_(row * math.exp(-HEADROOM))
