@@ -48,7 +48,7 @@ setup(
     ],
     extras_require={
         "data": ["braceexpand", "datasets", "fsspec[http]"],
-        "bench": ["beartype", "pytest", "pytest-benchmark", "torchvision", "xformers"],
+        "bench": ["pytest", "pytest-benchmark", "torchvision", "xformers"],
         "hub": ["huggingface_hub"],
         "mlflow": ["mlflow-skinny"],
         "onnx": ["onnx", "onnxscript"],

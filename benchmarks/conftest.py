@@ -5,9 +5,8 @@ pytest-benchmark, whose timer is a clock that stands still but for the measured 
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-import jaxtyping
 import pytest
 import torch
 
@@ -79,15 +78,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         item.add_marker(pytest.mark.filterwarnings("default"))  # A peer's warning is not our error.
     others = [item for item in items if item not in ours]
     items[:] = others + sorted(ours, key=_importance(ours).get)
-
-
-@pytest.fixture(autouse=True)
-def uninstrumented() -> Iterator[None]:
-    """Without the type checks of the tests, which would be timed."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @pytest.fixture(scope="session")

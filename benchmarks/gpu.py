@@ -36,7 +36,7 @@ FILES = {
 }
 PEERS = ("official_compiled", "official_recomputed")
 STEPS = tuple(f"{preset}-{name}" for preset in ("vits14", "vitl14") for name in ("ours", *PEERS))
-PYTEST = (sys.executable, "-m", "pytest", "-o", "addopts=", "-q")
+PYTEST = (sys.executable, "-m", "pytest")
 # Of the time: when the last step must have compiled, when the last must be timed, when the heads must be through.
 COMPILED_BY, STEPPED_BY, HEADS_BY = 0.55, 0.75, 0.86
 GRACE = 10.0  # Seconds that an interrupted process has for saving what it found.

@@ -10,6 +10,10 @@ import pytest
 import torch
 from stratified import stratified
 
+if find_spec("beartype"):
+    # Here and not among pytest's options, which hold for benchmarks too: checks of every call take a tenth of some.
+    jaxtyping.install_import_hook(("capi", "capi_kernels"), "beartype.beartype")
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

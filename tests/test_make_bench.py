@@ -17,9 +17,11 @@ ROOT = Path(__file__).resolve().parents[1]
 # One small shape, of which we compute something else.
 PLUGIN = """
 from benchmarks import heads, shapes
+from capi_kernels.sinkhorn import cpu
 
 shapes.SINKHORN[:] = [shapes.Logits(2, 3, 8, 3, 4)]
 right = heads.sinkhorn_positionwise
+assert not hasattr(cpu.balanced, "__wrapped__"), "types are checked in what is timed"
 heads.sinkhorn_positionwise = lambda *arguments, **options: 1.01 * right(*arguments, **options)
 """
 
@@ -27,7 +29,7 @@ heads.sinkhorn_positionwise = lambda *arguments, **options: 1.01 * right(*argume
 def test_a_benchmark_whose_check_fails_becomes_a_row_that_says_so(tmp_path: Path) -> None:
     (tmp_path / "planted.py").write_text(PLUGIN)
     raw = tmp_path / "cpu.json"
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-p", "planted", "benchmarks/test_sinkhorn.py"]
+    command = [sys.executable, "-m", "pytest", "-p", "planted", "benchmarks/test_sinkhorn.py"]
     # A worker of pytest-xdist hands down that it is one, under which nothing is timed.
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment = {**inherited, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
