@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.train_step import configuration, draw_batch
-from capi.distributed import World
+from capi.distributed import World, leave_group
 from capi.step import Trainer
 
 CPU = torch.device("cpu")
@@ -65,7 +65,7 @@ def _work(pipe: Connection, arrangement: Arrangement, rank: int, preset: str, ba
             step += 1
         pipe.send(step)
     if dist.is_initialized():
-        dist.destroy_process_group()
+        leave_group()
 
 
 @contextmanager

@@ -86,7 +86,20 @@ def join_world(device: str, timeout: float) -> Iterator[World]:
         yield World(here.rank, here.size, place, store)
         dist.barrier()  # a rank that leaves early would break the connections that others still read from
     finally:
-        dist.destroy_process_group()
+        leave_group()
+
+
+_LEFT: list[dist.ProcessGroup] = []
+
+
+def leave_group() -> None:
+    """Destroys the groups of this process; the object of the default one lives until the process ends.
+
+    DDP holds it as well, and lets go of it with the GIL held: a last hold waits for gloo's threads, which may need the
+    GIL to let go of a tensor, and the process never ends.
+    """
+    _LEFT.append(dist.group.WORLD)
+    dist.destroy_process_group()
 
 
 def _launched(environment: Mapping[str, str]) -> _Place:

@@ -1,5 +1,7 @@
 """What ranks do together, in processes of their own."""
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -8,10 +10,11 @@ import torch.distributed as dist
 from ranks import run_ranks
 from test_train import batch_of
 from tiny_runs import assert_equal_states, load_tiniest
+from torch import nn
 
 import capi.step
 from capi.checkpoint import load_newest_checkpoint
-from capi.distributed import GradientAverage, World, _first_host, _launched
+from capi.distributed import GradientAverage, World, _first_host, _launched, leave_group
 from capi.metrics import AssignmentStatistics, positional_mutual_information
 from capi.step import Trainer
 from capi.train import main
@@ -82,6 +85,17 @@ def check_gradients(rank: int) -> None:
         assert torch.equal(parameter.grad, torch.full_like(parameter, 3.0 + i))
 
 
+def check_the_group_outlives_ddp() -> None:
+    """DDP would wait for gloo's threads with the GIL, which one of them may need."""
+    model = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
+    group = weakref.ref(dist.group.WORLD)
+    leave_group()
+    assert not dist.is_initialized()
+    del model
+    gc.collect()
+    assert group() is not None
+
+
 def of_two_ranks(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     (folder / str(rank)).mkdir()
@@ -89,7 +103,7 @@ def of_two_ranks(rank: int, folder: Path) -> None:
     check_statistics(rank)
     check_gradients(rank)
     check_steps(rank, folder)
-    dist.destroy_process_group()
+    check_the_group_outlives_ddp()
 
 
 def test_two_ranks_share_statistics_and_gradients_and_skip_bad_steps_together(tmp_path) -> None:

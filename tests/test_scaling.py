@@ -17,7 +17,7 @@ from benchmarks import scaling, scaling_step
 from benchmarks.scaling_plot import COLOURS, plot
 from benchmarks.scaling_step import Network, Task, end, run, shape_of, step, traffic
 from capi.config import load_config
-from capi.distributed import World
+from capi.distributed import World, leave_group
 from capi.metrics import training_flop_per_image
 from capi.step import Trainer
 
@@ -135,7 +135,7 @@ def count_bytes(rank: int, folder: Path) -> None:
     largest = expected["Sinkhorn"] // (1 + config.clustering.n_sinkhorn_iterations)
     assert sent.pop("integers") <= 64  # Of hosts that agree on a size.
     assert sent == {"DDP": expected["student gradient"], "largest": largest, "sums": sum(expected.values()) - largest}
-    dist.destroy_process_group()
+    leave_group()
 
 
 def test_two_processes_send_as_many_bytes_as_the_estimate_says(tmp_path) -> None:

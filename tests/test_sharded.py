@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_map
 
 import capi.step
 from capi.config import Config
-from capi.distributed import World, largest
+from capi.distributed import World, largest, leave_group
 from capi.fp8 import fp8_obstacle
 from capi.model import Backbone
 from capi.progress import Rates, log_evaluation
@@ -296,7 +296,7 @@ def of_four_ranks(rank: int, folder: Path) -> None:
             check_bf16(rank, size, folder)
             check_compiled(rank, folder)
         dist.barrier()
-        dist.destroy_process_group()
+        leave_group()
 
 
 def trained_alone(folder: Path) -> dict:
