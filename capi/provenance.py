@@ -131,6 +131,8 @@ def _cpu_name() -> str:
 
 
 def _installed(package: str) -> str | None:
+    if package == "torch":  # Its own word has the build as well, such as +cu130.
+        return torch.__version__
     try:
         return version(package)
     except PackageNotFoundError:

@@ -245,8 +245,7 @@ def assert_close(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> No
 
 
 def test_onnx_of_any_batch_and_size(model, tmp_path) -> None:
-    import onnx
-    import onnxruntime
+    onnx, onnxruntime = (pytest.importorskip(name) for name in ("onnx", "onnxruntime"))
 
     backbone = model.student_ema.backbone
     del backbone.encoder.blocks[1]  # Traced for half a second, and more where types are checked.

@@ -4,13 +4,12 @@ import multiprocessing
 import random
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-import torch._dynamo  # noqa: F401 (each fork would import it anew)
+import ranks  # noqa: F401 (names what the server imports once)
 from tiny_runs import assert_equal_states, metrics_of, tiniest
 
 from capi.checkpoint import load_newest_checkpoint, newest_checkpoint, step_of
@@ -19,17 +18,19 @@ from capi.train import main
 STEPS = "30"
 
 
+def train(arguments: list[str]) -> None:
+    sys.exit(main(arguments))
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator:
-    """Starts the training in a fork: a new interpreter would take seconds to import PyTorch."""
+    """Starts the training in a fork of a server: a new interpreter would take seconds to import PyTorch."""
     processes = []
 
     def start() -> BaseProcess:
         arguments = [*tiniest(tmp_path), "--optim.steps", STEPS, "--run.checkpoint_every", "1"]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of the threads of pytest-xdist.
-            process = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(main(arguments)))
-            process.start()
+        process = multiprocessing.get_context("forkserver").Process(target=train, args=(arguments,))
+        process.start()
         processes.append(process)
         return process
 
