@@ -104,6 +104,10 @@ def check_potentials(potentials: tuple[Tensor, Tensor, Tensor]) -> None:
     if not isinstance(potentials, tuple) or len(potentials) != 3:
         got = f"{len(potentials)} values" if isinstance(potentials, tuple) else torch.typename(potentials)
         raise TypeError(f"potentials must be column_max, column and row, got {got}")
+    for name, potential in zip(("column_max", "column", "row"), potentials, strict=True):
+        check_is_tensor(name, potential)
+        if potential.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name} must be torch.float32 or torch.float64, got {potential.dtype}")
 
 
 def check_chosen(

@@ -264,6 +264,9 @@ def test_bad_potentials() -> None:
         assignments_from_potentials(logits, potentials, temperature=math.nan)
     with pytest.raises(TypeError, match="potentials must be column_max, column and row, got 2 values"):
         assignments_from_potentials(logits, potentials[:2])
+    for dtype in (torch.float16, torch.int64, torch.bool):  # The first would have overflowed, the second been rounded.
+        with pytest.raises(TypeError, match=f"column must be torch.float32 or torch.float64, got {dtype}"):
+            assignments_from_potentials(logits, potentials._replace(column=potentials.column.to(dtype)))
     assert torch.equal(*(assignments_from_potentials(logits, x) for x in (potentials, tuple(potentials))))
     rows = torch.tensor([5, 0])
     flat = sinkhorn_potentials(logits.flatten(0, 1))

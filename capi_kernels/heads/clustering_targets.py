@@ -37,7 +37,8 @@ def clustering_targets(
         Targets [selected, prototypes] in float32 (float64 for float64), in the order of `rows`.
 
     Raises:
-        TypeError: features, weight or bias that are not floating point, rows that are not int32 or int64.
+        TypeError: features, weight or bias that are not floating point, potentials that are not float32 or float64,
+            rows that are not int32 or int64.
         ValueError: other shapes or devices, an empty axis but the rows', rows out of range (looked at on a CPU,
             uncompiled), a temperature that is not positive and finite.
     """

@@ -127,7 +127,8 @@ def sinkhorn_positionwise(
     Args:
         logits: [..., images, prototypes], any floating dtype and strides. NaN, +inf, or a prototype at -inf for every
             image make their position NaN, as in the official code; a single -inf gets no assignment.
-        eps: added to every sum.
+        eps: added to every sum. Without it, 0, an image more than 65 temperatures below the column's maximum in all of
+            its logits gets less than its share: its potential would be out of float32's range.
         temperature: divides the logits.
         process_group: images are spread over it: maxima and column sums are all-reduced. "world" is the default group
             where torch.distributed is initialised; None stays in this process.
@@ -188,7 +189,8 @@ def assignments_from_potentials(
         gradient.
 
     Raises:
-        TypeError: logits that are not floating point, rows that are not int32 or int64, potentials that are none.
+        TypeError: logits that are not floating point, rows that are not int32 or int64, potentials that are none, or
+            not float32 or float64.
         ValueError: no prototype, logits or potentials of another shape or device, rows out of range (looked at on a
             CPU, uncompiled), a temperature that is not positive and finite.
     """
