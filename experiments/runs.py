@@ -28,6 +28,7 @@ from capi.metrics import read_metrics
 
 logger = logging.getLogger("capi")
 
+_ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 # Of every line of metrics; scores of evaluations on the way besides.
 _KEPT = ("loss", "clustering_loss", "target_entropy", "positional_mi", "positional_mi_floor", "dead_prototypes")
@@ -151,12 +152,17 @@ def _plain(options: Options) -> dict:
 
 
 def made() -> dict[str, str]:
-    """When, of which commit and with what."""
-    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(describe, capture_output=True, text=True, timeout=60).stdout.strip()
+    """When, of which commit, "-dirty" where more than results differs from it, and with what."""
+
+    def said(*command: str) -> str:
+        done = subprocess.run(["git", "-C", _ROOT, *command], capture_output=True, text=True, timeout=60)
+        return done.stdout.strip()
+
+    commit = said("describe", "--always", "--exclude=*") or "unknown"
+    changed = said("status", "--porcelain", "--untracked-files=no", "--", ".", ":!experiments/results")
     return {
         "date": time.strftime("%F", time.gmtime()),
-        "commit": commit or "unknown",
+        "commit": commit + ("-dirty" if changed else ""),
         "torch": torch.__version__,
         "machine": platform.machine(),
     }
