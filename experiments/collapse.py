@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from capi.checkpoint import write_atomically
 from capi.collapse import LEAST_NATS, CollapseAlarm
 from experiments.runs import (
+    LAST,
     Record,
     Run,
     chosen,
@@ -46,7 +47,6 @@ _STYLE = {
     "axes.titlelocation": "left",
     "legend.frameon": False,
 }
-_LAST = 5  # readings whose mean is how a run ended
 _ENDS = {
     "information over chance (nats)": "positional_excess",
     "student's loss": "loss",
@@ -68,7 +68,7 @@ def points(record: Record, name: str) -> Points:
 def end(record: Record, name: str) -> float:
     """How a run ended: its last score, or the mean of the last readings."""
     values = [value for _, value in points(record, name)]
-    return values[-1] if name.startswith("eval_") else mean(values[-_LAST:])
+    return values[-1] if name.startswith("eval_") else mean(values[-LAST:])
 
 
 def rings_at(record: Record) -> int | None:

@@ -26,6 +26,7 @@ from experiments.runs import (
     chosen,
     command,
     exit_status,
+    last_excess,
     made,
     of_arms,
     perform,
@@ -80,10 +81,12 @@ def runs(sweep: Mapping[str, Options], seeds: Sequence[int], pictures: Path) -> 
 
 def table(records: Sequence[Record]) -> str:
     """A row for each set and arm."""
-    lines = [f"| set | arm | seeds | {' | '.join(_COLUMNS)} |", f"| --- | --- | --- |{' ---: |' * len(_COLUMNS)}"]
+    columns = (*_COLUMNS, "position's information over chance (nats)")
+    lines = [f"| set | arm | seeds | {' | '.join(columns)} |", f"| --- | --- | --- |{' ---: |' * len(columns)}"]
     for name, of_arm in of_arms(records).items():
         set_, _, arm = name.partition("/")
         scores = [[r["scores"][key] for r in of_arm if key in r["scores"]] for key in _COLUMNS.values()]
+        scores.append([last_excess(r) for r in of_arm if "series" in r and arm != "untrained"])
         lines.append(f"| {set_} | {arm} | {seeds_of(of_arm)} | {' | '.join(spread(s) if s else '-' for s in scores)} |")
     return "\n".join(lines)
 

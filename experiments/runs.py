@@ -33,6 +33,7 @@ RESULTS = Path(__file__).parent / "results"
 # Of every line of metrics; scores of evaluations on the way besides.
 _KEPT = ("loss", "clustering_loss", "target_entropy", "positional_mi", "positional_mi_floor", "dead_prototypes")
 
+LAST = 5  # readings whose mean is how a run ended
 Options = Mapping[str, object]
 Record = dict
 
@@ -180,6 +181,11 @@ def excess(record: Record) -> list[tuple[int, float]]:
     """Step and information over chance, in nats, of every reading."""
     measured, by_chance = (record["series"][name] for name in ("positional_mi", "positional_mi_floor"))
     return [(step, value - floor) for (step, value), (_, floor) in zip(measured, by_chance, strict=True)]
+
+
+def last_excess(record: Record) -> float:
+    """How a run ended: the mean of the last readings."""
+    return mean(value for _, value in excess(record)[-LAST:])
 
 
 def seeds_of(records: Iterable[Record]) -> str:
