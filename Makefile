@@ -6,8 +6,8 @@
 # make gpu [STAGES="tests steps heads attention report"] [OUT=FOLDER]: on a machine with a GPU, with what PYTHON has
 # installed, GPU tests, training steps and operations in at most 7 minutes; see benchmarks/gpu.py.
 # make carried: pure packages that such a machine may lack, in .carried: PYTHONPATH=.carried make gpu.
-# make collapse, make ablations, make drawings [ARGS="--seeds 0 ..."]: the experiments of experiments/, a training a core;
-# each some hours, and what is done is not repeated.
+# make collapse, make ablations, make schedules, make drawings [ARGS="--seeds 0 ..."]: the experiments of experiments/, a
+# training a core; each some hours, and what is done is not repeated.
 # make pictures: the pictures of docs/images, of an encoder that is trained for them; see docs/pictures.py.
 PYTHON ?= python3
 DATA ?= synthetic
@@ -30,7 +30,7 @@ STEPS ?=
 GPU_SECONDS ?= 400
 CARRIED := jsonargparse docstring_parser typeshed_client braceexpand xformers==0.0.35 nvidia-cuda-runtime-cu12
 
-.PHONY: train test soak test-instruction-sets bench gpu carried seeds collapse ablations drawings pictures clean
+.PHONY: train test soak test-instruction-sets bench gpu carried seeds collapse ablations drawings schedules pictures clean
 
 train: $(VENV)/.installed
 	$(VENV)/bin/python -m capi.train --data.source '$(DATA)' --data.num_workers $(WORKERS) --run.output_dir '$(RUN)' $(ARGS)
@@ -83,6 +83,9 @@ seeds: $(VENV)/.installed
 
 collapse ablations drawings: $(VENV)/.installed
 	$(VENV)/bin/python -m experiments.$@ --jobs $(shell nproc) $(ARGS)
+
+schedules: $(VENV)/.installed
+	$(VENV)/bin/python -m experiments.ablations --sweep schedules --jobs $(shell nproc) $(ARGS)
 
 # The photographs come with packages of which nothing else is used.
 pictures: $(VENV)/.installed

@@ -1,21 +1,23 @@
 """The paper's largest effects, small: masks, registers, prototypes, the share of patches predicted, the balance.
 
 `python -m experiments.ablations [--arms NAME ...]` trains the arms of ablations.yaml on synthetic scenes, and writes
-results/ablations.jsonl and the table results/ablations.md, with the paper's figures beside. Two arms of the paper have
+results/ablations.jsonl and the table results/ablations.md, with the paper's figures beside. `--sweep schedules` does so
+with schedules.yaml: rates, averages and warm-up for other batches and lengths. Two arms of the paper have
 no option here: a predictor by self-attention (ADE20K mIoU 27.9, ImageNet 77.7) and iBOT's head (1.7, 11.1).
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from experiments.runs import (
+    RESULTS,
     Record,
     Run,
     chosen,
     command,
-    excess,
     exit_status,
+    last_excess,
     of_arms,
     perform,
     read_records,
@@ -25,7 +27,7 @@ from experiments.runs import (
     write_table,
 )
 
-SWEEP = Path(__file__).parent / "ablations.yaml"
+SWEEPS = {name: Path(__file__).parent / f"{name}.yaml" for name in ("ablations", "schedules")}
 _SCORES = {
     "image k-NN": "eval_image_knn",
     "image linear": "eval_image_linear",
@@ -47,34 +49,39 @@ _PAPER = {
 }
 
 
-def table(records: Sequence[Record]) -> str:
-    """A row for each arm."""
-    lines = [
-        f"| arm | seeds | {' | '.join(_SCORES)} | loss | information over chance | paper: mIoU / ImageNet |",
-        f"| --- | --- |{' ---: |' * (len(_SCORES) + 3)}",
-    ]
+def table(records: Sequence[Record], paper: Mapping[str, str]) -> str:
+    """A row for each arm, with the paper's figures, if any."""
+    columns = ["arm", "seeds", *_SCORES, "loss", "information over chance"]
+    columns += ["paper: mIoU / ImageNet"] if paper else []
+    lines = [f"| {' | '.join(columns)} |", f"| --- | --- |{' ---: |' * (len(columns) - 2)}"]
     for arm, of_arm in of_arms(records).items():
-        cells = [spread([record["scores"][key] for record in of_arm]) for key in _SCORES.values()]
+        cells = [arm, seeds_of(of_arm)]
+        cells += [spread([record["scores"][key] for record in of_arm]) for key in _SCORES.values()]
         cells += [spread([record["series"]["loss"][-1][1] for record in of_arm])]
-        cells += [spread([excess(record)[-1][1] for record in of_arm])]
-        lines.append(f"| {arm} | {seeds_of(of_arm)} | {' | '.join(cells)} | {_PAPER.get(arm, '-')} |")
+        cells += [spread([last_excess(record) for record in of_arm])]
+        cells += [paper.get(arm, "-")] if paper else []
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = command(__doc__, "ablations")
-    parser.add_argument("--arms", nargs="+", metavar="ARM", help="of ablations.yaml (all)")
+    parser.set_defaults(results=None, folder=None)
+    parser.add_argument("--sweep", choices=SWEEPS, default="ablations", help="(%(default)s)")
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="of the sweep (all)")
     arguments = parser.parse_args(argv)
-    sweep = read_sweep(SWEEP)
+    name = arguments.sweep
+    results, folder = arguments.results or RESULTS / f"{name}.jsonl", arguments.folder or Path("runs") / name
+    sweep = read_sweep(SWEEPS[name])
     runs = [
         Run(arm, seed, options) for seed in arguments.seeds for arm, options in chosen(sweep, arguments.arms).items()
     ]
     if not arguments.report:
-        perform(runs, arguments.results, arguments.folder, arguments.jobs)
+        perform(runs, results, folder, arguments.jobs)
     order = list(sweep)
-    records = sorted(read_records(arguments.results), key=lambda record: order.index(record["arm"]))
-    write_table(arguments.results, "ablations", records, table(records))
+    records = sorted(read_records(results), key=lambda record: order.index(record["arm"]))
+    write_table(results, f"ablations --sweep {name}", records, table(records, _PAPER if name == "ablations" else {}))
 
 
 if __name__ == "__main__":

@@ -14,12 +14,12 @@ from capi.config_check import check_config
 from experiments import ablations, collapse, drawings, pictures
 from experiments.runs import Run, argv, chosen, exit_status, of_arms, perform, read_records, read_sweep, spread
 
-SWEEPS = (ablations.SWEEP, collapse.SWEEP, drawings.SWEEP)
+SWEEPS = {"collapse": collapse.SWEEP, "drawings": drawings.SWEEP, **ablations.SWEEPS}
 
 
 @pytest.mark.parametrize(
     "options",
-    [options for path in SWEEPS for options in read_sweep(path).values()],
+    [options for path in SWEEPS.values() for options in read_sweep(path).values()],
     ids=lambda options: list(options)[-1],
 )
 def test_every_arm_is_a_configuration(options) -> None:
@@ -113,12 +113,13 @@ def test_the_report_of_the_collapse_says_how_runs_ended_and_which(tmp_path) -> N
 
 def test_the_table_of_the_ablations_has_the_papers_figures_beside() -> None:
     records = [record("base", seed, 0.0, 0.5) for seed in (0, 1)] + [record("random masks", 0, 0.0, 0.4)]
-    _, _, base, random = ablations.table(records).splitlines()
+    _, _, base, random = ablations.table(records, ablations._PAPER).splitlines()
     assert base.startswith("| base | 0, 1 | 0.500 ± 0.000 | 0.500 ± 0.000 |")
     assert base.endswith("| 29.1 / 81.4 |")
     assert random.startswith("| random masks | 0 | 0.400 |")
     assert random.endswith("| 23.6 / 76.4 |")
-    assert set(ablations._PAPER) < set(read_sweep(ablations.SWEEP))
+    assert set(ablations._PAPER) < set(read_sweep(SWEEPS["ablations"]))
+    assert "paper" not in ablations.table(records, {})
 
 
 def test_what_a_user_can_set_right_is_said_in_one_line(capsys) -> None:
@@ -200,12 +201,9 @@ def test_the_list_of_emoji_is_read_without_other_skins(tmp_path) -> None:
 def test_results_are_of_the_sweeps_as_they_are() -> None:
     """A committed line with other options would not be repeated, nor belong to its row."""
     results = Path(collapse.__file__).parent / "results"
-    for name, module, of_arm in (
-        ("ablations", ablations, str),
-        ("drawings", drawings, lambda arm: arm.split("/")[1]),
-        ("collapse", collapse, lambda arm: arm.split("/")[0]),
-    ):
-        sweep = read_sweep(module.SWEEP)
+    arms = {"drawings": lambda arm: arm.split("/")[1], "collapse": lambda arm: arm.split("/")[0]}
+    for name, path in SWEEPS.items():
+        sweep, of_arm = read_sweep(path), arms.get(name, str)
         for made in read_records(results / f"{name}.jsonl"):
             if made["options"]:  # Pixels have none.
                 assert sweep[of_arm(made["arm"])].items() <= made["options"].items(), made["arm"]
