@@ -1,6 +1,7 @@
 """The table of faults and outcomes: every test writes its row of docs/faults.md, if all of the run passed."""
 
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,8 @@ from faulty_runs import Run
 PAGE = Path(__file__).parents[2] / "docs" / "faults.md"
 HEAD = """# Faults and what comes of them
 
-Written by `make soak`, which brings each of them about in trainings of a tiny model on a CPU, and checks what comes of
-it. "Bit for bit": the final weights and optimiser states are those of a training without the fault.
+Written by `make soak` on {date}. It brings each of them about in trainings of a tiny model on a CPU, and checks what
+comes of it. "Bit for bit": the final weights and optimiser states are those of a training without the fault.
 
 | fault | how it is brought about | what must come of it | exit status | what came of it | what to do |
 | --- | --- | --- | --- | --- | --- |
@@ -49,4 +50,4 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         table = dict(list(table.items())[2:]) | {
             fault: f"| {' | '.join((fault, *columns))} |" for fault, columns in ROWS.items()
         }
-        PAGE.write_text(HEAD + "\n".join(table.values()) + "\n")
+        PAGE.write_text(HEAD.format(date=f"{datetime.now(UTC):%F}") + "\n".join(table.values()) + "\n")
