@@ -1,11 +1,12 @@
 """What no single field of a configuration can say: values that do not fit together."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict
 
 from capi.config import Config, ScheduleConfig
 from capi.nested import SCHEDULES
+
+_MOST = 3.4e38  # of float32
 
 
 def check_config(config: Config, world_size: int = 1) -> None:
@@ -71,6 +72,8 @@ def check_config(config: Config, world_size: int = 1) -> None:
         for end in ("start", "base", "final"):
             if getattr(schedule, end) < 0:
                 raise ValueError(f"optim.{name}.{end} must not be negative, got {getattr(schedule, end)}")
+            if name == "momentum" and getattr(schedule, end) > 1:
+                raise ValueError(f"optim.momentum.{end} must not be above 1, got {getattr(schedule, end)}")
         if schedule.warmup_steps < 0 or schedule.freeze_steps < 0:
             raise ValueError(f"optim.{name}.warmup_steps and .freeze_steps must not be negative, got {schedule}")
         if schedule.warmup_steps + schedule.freeze_steps > optim.steps:
@@ -90,5 +93,5 @@ def _check_finite(values: Mapping, prefix: str) -> None:
     for name, value in values.items():
         if isinstance(value, Mapping):
             _check_finite(value, f"{prefix}{name}.")
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{prefix}{name} must be finite, got {value}")
+        elif isinstance(value, float) and not abs(value) <= _MOST:
+            raise ValueError(f"{prefix}{name} must be finite in float32, got {value}")

@@ -224,7 +224,15 @@ def test_help_explains_every_field(capsys) -> None:
         (Config(optim=OptimConfig(steps=10)), "warm-up steps do not fit in optim.steps 10"),
         (Config(optim=OptimConfig(lr=ScheduleConfig(warmup_steps=-1))), "must not be negative"),
         (Config(run=RunConfig(log_every=0)), "run.log_every must be at least 1, got 0"),
-        (Config(optim=OptimConfig(lr=ScheduleConfig(base=math.nan))), "optim.lr.base must be finite, got nan"),
+        (
+            Config(optim=OptimConfig(lr=ScheduleConfig(base=math.nan))),
+            "optim.lr.base must be finite in float32, got nan",
+        ),
+        (Config(optim=OptimConfig(weight_decay=1e39)), "optim.weight_decay must be finite in float32, got 1e.39"),
+        (
+            Config(optim=OptimConfig(momentum=ScheduleConfig(base=1.5))),
+            "optim.momentum.base must not be above 1, got 1.5",
+        ),
         (Config(optim=OptimConfig(lr=ScheduleConfig(base=-0.1))), "optim.lr.base must not be negative, got -0.1"),
     ],
 )
