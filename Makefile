@@ -46,7 +46,7 @@ NUMERICAL := $(wildcard $(patsubst %,tests/test_%.py,numerics reference sinkhorn
 test: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(if $(filter tests,$(TESTS)),$(PYTEST) $(FORKING))
+	$(if $(filter tests,$(TESTS)),$(PYTEST) -n $(shell expr 2 "*" $(shell nproc)) $(FORKING))
 	$(PYTEST) $(TESTS) $(if $(filter tests,$(TESTS)),$(addprefix --ignore=,$(FORKING)))
 
 # Faults one after the other: they wait for each other's processes, and measure how long that takes.
