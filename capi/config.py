@@ -136,6 +136,9 @@ class ClusteringConfig:
     images. They take part once there are so many. 0: none; else at least optim.batch_size."""
     bias: bool = True
     """Give the teacher's clustering layer a bias."""
+    ema_head: bool = False
+    """Assign by the moving average of the student's head, as iBOT does, rather than by a clustering that is trained.
+    It is for comparison, and needs no bias, a predictor as wide as the encoder, and no sharding."""
 
 
 @dataclass

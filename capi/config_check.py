@@ -61,6 +61,14 @@ def check_config(config: Config, world_size: int = 1) -> None:
             f"clustering.queue_size must be 0, or at least optim.batch_size {optim.batch_size} and a multiple of the "
             f"{world_size} processes, got {queue}"
         )
+    if config.clustering.ema_head and (
+        config.clustering.bias or model.predictor_shape()[0] != model.embed_dim or config.distributed.shard != "none"
+    ):
+        raise ValueError(
+            "clustering.ema_head needs clustering.bias false, model.predictor_dim as model.embed_dim and "
+            f"distributed.shard none, got {config.clustering.bias}, {model.predictor_shape()[0]} for "
+            f"{model.embed_dim}, and {config.distributed.shard}"
+        )
     for name in ("betas", "clustering_betas"):
         if not all(0 <= beta < 1 for beta in getattr(optim, name) or ()):
             raise ValueError(f"optim.{name} must lie in [0, 1), got {getattr(optim, name)}")

@@ -22,9 +22,12 @@ class WeightNormLinear(nn.Module):
         self.weight_g = nn.Parameter(torch.empty(n_prototypes, 1))
         self.weight_v = nn.Parameter(torch.empty(n_prototypes, dim))
 
-    def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch prototypes"]:
+    def weight(self) -> Float[Tensor, "prototypes dim"]:
         norm = self.weight_v.norm(dim=1, keepdim=True)
-        return F.linear(x, (self.weight_v * (self.weight_g / (norm + 1e-8))).to(x.dtype))
+        return self.weight_v * (self.weight_g / (norm + 1e-8))
+
+    def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch prototypes"]:
+        return F.linear(x, self.weight().to(x.dtype))
 
 
 class PredictionHead(nn.Module):
@@ -91,6 +94,11 @@ class OnlineClustering(nn.Module):
         if self.queue is not None:
             self.queue.send(features)
         return out.loss, out.potentials
+
+    @torch.no_grad()
+    def follow(self, head: PredictionHead) -> None:
+        """Takes over a student's head."""
+        self.layer.weight.copy_(head.last_layer.weight())
 
     def store(self, finite: Bool[Tensor, ""]) -> None:
         """Puts the images of the last balancing into the queue, if there is one and the step is `finite`."""

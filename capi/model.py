@@ -331,7 +331,13 @@ class CAPI(nn.Module):
         self.student.head.init_weights()
         self.teacher["head"].init_weights()
         self.student_ema.load_state_dict(self.student.state_dict())
+        self.follow_average()
         return self
+
+    def follow_average(self) -> None:
+        """Has the teacher assign by the moving average's head, if the configuration asks for it."""
+        if self.teacher["head"].config.ema_head:
+            self.teacher["head"].follow(self.student_ema.head)
 
     @torch.no_grad()
     def teacher_features(

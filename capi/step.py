@@ -125,6 +125,7 @@ class Trainer:
             if self.faults is not None:
                 self.faults.step_ends(finite)
             self._update(momentum, 1 - finite.float())
+            self.model.follow_average()
             self.model.teacher["head"].store(finite)
             self.steps_done = step + 1
         if graph is not None:  # Behind the updates, which then are launched while the device computes.

@@ -7,6 +7,7 @@ import pytest
 
 from capi.config import (
     PRESETS,
+    ClusteringConfig,
     Config,
     DataConfig,
     ModelConfig,
@@ -219,6 +220,10 @@ def test_help_explains_every_field(capsys) -> None:
         (Config(optim=OptimConfig(betas=(0.9, 1.0))), r"optim.betas must lie in \[0, 1\), got \(0.9, 1.0\)"),
         (Config(optim=OptimConfig(clustering_betas=(-0.1, 0.9))), "optim.clustering_betas must lie in"),
         (Config(optim=OptimConfig(clustering_eps=-1e-8)), "optim.clustering_eps must not be negative, got -1e-08"),
+        (
+            Config(clustering=ClusteringConfig(ema_head=True)),
+            "ema_head needs clustering.bias false, .* got True, 1024 for 1024, and none",
+        ),
         (Config(model=ModelConfig(rope_min_frequency=8.0)), "not above model.rope_max_frequency 7.0, got 8.0"),
         (Config(model=ModelConfig(rope_min_frequency=0.0)), "rope_min_frequency must be positive"),
         (Config(optim=OptimConfig(steps=10)), "warm-up steps do not fit in optim.steps 10"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from numerics import peak_allocation
 from tiny_runs import assert_equal_states, load_tiniest, metrics_of, tiniest
@@ -369,6 +370,21 @@ def test_a_batch_balanced_in_parts_would_be_another_step(tmp_path) -> None:
         Trainer(config, World(0, 1, torch.device("cpu"))).step([batch_of(config, range(n))], 2) for n in (8, 4)
     )
     assert abs(float(whole.clustering_loss) - float(half.clustering_loss)) > 1e-2
+
+
+def test_an_averaged_head_assigns_by_the_cosines_of_the_moving_average(tmp_path) -> None:
+    options = ("--clustering.ema_head", "true", "--clustering.bias", "false")
+    trainer = Trainer(load_tiniest(tmp_path, *options), World(0, 1, torch.device("cpu")))
+    features, ema, head = torch.randn(5, 16), trainer.model.student_ema.head, trainer.model.teacher["head"]
+    weights = []
+    for step in (None, 2, 3):
+        if step is not None:
+            trainer.step([batch_of(trainer.config, range(8))], step)
+        cosines = F.normalize(features, dim=-1) @ head.layer.weight.T
+        torch.testing.assert_close(cosines, ema(features))
+        weights.append(head.layer.weight.clone())
+    assert not weights[0].equal(weights[1])
+    assert not weights[1].equal(weights[2])
 
 
 def test_recomputing_activations_changes_no_bit_and_takes_less_memory(tmp_path) -> None:
