@@ -8,6 +8,7 @@ from importlib.util import find_spec
 import jaxtyping
 import pytest
 import torch
+from interpreter import hasten
 from stratified import stratified
 
 if find_spec("beartype"):
@@ -16,6 +17,8 @@ if find_spec("beartype"):
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if find_spec("triton"):
+        hasten()
 
 OPTIONAL = {"triton": "*_triton.py", "hypothesis": "test_fuzz_*.py"}
 collect_ignore_glob = [files for package, files in OPTIONAL.items() if not find_spec(package)]

@@ -4,7 +4,6 @@ import faulthandler
 import logging
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import torch
 import torch._dynamo  # Each fork would import it anew.
-from tiny_runs import TINIEST
+from tiny_runs import TINIEST, free_port
 
 from capi.checkpoint import load_newest_checkpoint
 from capi.train import main
@@ -121,12 +120,6 @@ def forks(folder: Path) -> Iterator[Callable[..., Run]]:
 def steps_saved(folder: Path) -> int | None:
     state = load_newest_checkpoint(folder / "run")
     return None if state is None else state["step"]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def start_ranks(

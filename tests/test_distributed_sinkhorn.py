@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from interpreter import hasten
 from numerics import assert_as_accurate, assert_draws_as_accurate, least_exact
 from ranks import run_ranks
 from torch import Tensor
@@ -72,6 +73,8 @@ def compare_with_one_process(rank: int, world_size: int, folder: Path) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     for kernels in (False, True) if find_spec("triton") else (False,):
+        if kernels and not torch.cuda.is_available():
+            hasten()
         compare(rank, world_size, kernels)
     torch.distributed.destroy_process_group()
 

@@ -3,9 +3,6 @@
 import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import tarfile
 import weakref
 from pathlib import Path
@@ -15,6 +12,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from ranks import train_ranks
 from tiny_runs import as_earlier_version, assert_equal_states, metrics_of, tiniest
 
 from capi.checkpoint import checkpoints, load_newest_checkpoint
@@ -470,32 +468,6 @@ def test_a_damaged_checkpoint_of_an_earlier_version_gives_way(arguments, run_dir
 # Several processes.
 
 
-def start(folder: Path, rank: int, port: int, arguments: list[str]) -> subprocess.Popen:
-    """One of two processes, with a working directory of its own."""
-    world = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    environment = os.environ | world | {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
-    command = [sys.executable, "-m", "capi.train", *arguments]
-    return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def both(tmp_path: Path, *arguments: list[str]) -> list[tuple[int, str]]:
-    port = free_port()
-    processes = [start(tmp_path / f"node{rank}", rank, port, arguments[rank]) for rank in (0, 1)]
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
-        return [(process.returncode, text) for process, text in zip(processes, errors, strict=True)]
-    finally:
-        for process in processes:
-            process.kill()
-
-
 def test_all_ranks_go_on_from_what_lies_on_rank_0s_disk(arguments, run_dir, tmp_path) -> None:
     """A run folder on each node's own disk; on that of rank 1 lies another run, with a checkpoint of more steps."""
     options = ["--model.drop_path_rate", "0", "--masking.mask_ratio", "0.6"]
@@ -508,7 +480,7 @@ def test_all_ranks_go_on_from_what_lies_on_rank_0s_disk(arguments, run_dir, tmp_
     stopped_in_step(3, [*arguments, *options, *other])
     before = contents(tmp_path / "node1" / "run")
     local = [*arguments, *options, "--run.output_dir", "run"]
-    for status, errors in both(tmp_path, local, local):
+    for status, errors in train_ranks(tmp_path, [local, local]):
         assert status == 0, errors
     assert contents(tmp_path / "node1" / "run") == before
     one, two = (load_newest_checkpoint(folder) for folder in (tmp_path / "whole", tmp_path / "node0" / "run"))
@@ -520,9 +492,8 @@ def test_all_ranks_go_on_from_what_lies_on_rank_0s_disk(arguments, run_dir, tmp_
 
 
 def test_ranks_that_were_started_differently_end_with_one_line(arguments, tmp_path) -> None:
-    for rank in (0, 1):
-        (tmp_path / f"node{rank}").mkdir()
-    (status, errors), (other_status, other_errors) = both(tmp_path, arguments, [*arguments, "--optim.steps", "7"])
+    started = [arguments, [*arguments, "--optim.steps", "7"]]
+    (status, errors), (other_status, other_errors) = train_ranks(tmp_path, started)
     assert status == other_status == 1
     expected = "error: rank 1 was started with optim.steps 7, not 6 as rank 0; expected the same on all ranks"
     assert expected.removeprefix("error: ") in errors

@@ -6,7 +6,6 @@ import os
 import pickle
 import resource
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -20,7 +19,7 @@ from threading import Event
 import pytest
 import torch
 import torch.distributed as dist
-from tiny_runs import assert_equal_states, load_tiniest, metrics_of, tiniest
+from tiny_runs import assert_equal_states, free_port, load_tiniest, metrics_of, tiniest
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -303,12 +302,6 @@ def test_a_kill_before_the_manifest_leaves_the_checkpoint_before(tmp_path, monke
     assert load_newest_checkpoint(tmp_path)["step"] == 1
     remove_stale_temporaries(tmp_path)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000000001"]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def runs(folder: Path, n: int, *options: str, stop_in: int | None = None) -> tuple[list[int], str]:

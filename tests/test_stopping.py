@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from forked_runs import LONG, Run, forks, free_port, start_ranks, steps_saved
-from tiny_runs import assert_equal_states
+from forked_runs import LONG, Run, forks, start_ranks, steps_saved
+from tiny_runs import assert_equal_states, free_port
 from torch.distributed import HashStore
 
 import capi.step

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -89,3 +90,9 @@ def assert_equal_states(one: object, other: object, path: str = "") -> None:
         assert torch.equal(one, other), path
     else:
         assert one == other, path
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -34,12 +33,6 @@ def weights(run_dir: Path) -> dict[str, Tensor]:
 def begun_files(run_dir: Path) -> list[Path]:
     """What a kill amid a checkpoint leaves of it."""
     return list((run_dir / "checkpoints").glob(".*"))
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 class Run:

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from faulty_runs import ROOT, Run, free_port, namespaces, root, steps_saved, weights
-from tiny_runs import TINIEST, assert_equal_states
+from faulty_runs import ROOT, Run, namespaces, root, steps_saved, weights
+from tiny_runs import TINIEST, assert_equal_states, free_port
 
 LOST = 75
 TIMEOUT = ("--distributed.timeout", "15", "--run.checkpoint_every", "2", "--model.drop_path_rate", "0")
