@@ -19,6 +19,8 @@ def dtype_under_autocast(x: Tensor) -> torch.dtype:
 
 def cast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the dtype of autocast; what is no floating tensor stays for the checks to refuse."""
+    if not any(torch.is_autocast_enabled(device_type) for device_type in KEYS):
+        return tensors
     return tuple(
         x.to(dtype_under_autocast(x)) if isinstance(x, Tensor) and x.is_floating_point() else x for x in tensors
     )

@@ -5,7 +5,6 @@ tables. The op and `capi_kernels::attention_backward` are opaque to torch.compil
 of selective activation checkpointing: saving the first spares its recomputation.
 """
 
-from inspect import signature
 from itertools import compress
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from capi_kernels._autocast import register_autocast
+from capi_kernels._autograd import apply_of
 from capi_kernels.attention import cpu
 
 OPERANDS = (
@@ -148,10 +148,9 @@ class _Attention(torch.autograd.Function):
     backward = staticmethod(once_differentiable(_backward))
 
 
-# PyTorch looks for it at each call.
-_Attention.forward.__signature__ = signature(_Attention.forward)
+_apply = apply_of(_Attention)
 
 
 def attention(*operands) -> Tensor:
     """o [queries, heads, head_dim] of the operands of the op; q, k and v may be packed as `_Attention` says."""
-    return _Attention.apply(*operands)[0]
+    return _apply(*operands)[0]

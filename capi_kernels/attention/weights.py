@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from capi_kernels._autocast import cast_inputs, register_autocast
+from capi_kernels._autograd import apply_of
 from capi_kernels._checks import check_heads, check_shape, check_tensor
 from capi_kernels.attention.masked_cross import check_operands
 from capi_kernels.attention.padded_weights import (
@@ -108,6 +109,9 @@ class _CrossAttentionWeights(torch.autograd.Function):
     backward = staticmethod(once_differentiable(_backward))
 
 
+_apply = apply_of(_CrossAttentionWeights)
+
+
 def cross_attention_weights(
     q: Tensor,
     k: Tensor,
@@ -162,4 +166,4 @@ def cross_attention_weights(
     tables, where = (q_cos, q_sin, k_cos, k_sin), (cu_seqlens_q, cu_seqlens_k, kv_index)
     scale = head_dim**-0.5 if scale is None else scale
     check_operands(q, k, tables, where, max_seqlen_q, max_seqlen_k, scale)
-    return _CrossAttentionWeights.apply(q, k, *tables, *where, max_seqlen_q, max_seqlen_k, scale)
+    return _apply(q, k, *tables, *where, max_seqlen_q, max_seqlen_k, scale)

@@ -14,6 +14,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.distributed import ProcessGroup
 
 from capi_kernels._autocast import dtype_under_autocast, register_autocast
+from capi_kernels._autograd import apply_of
 from capi_kernels._checks import (
     check_count,
     check_flag,
@@ -123,6 +124,9 @@ class _ClusteringHead(torch.autograd.Function):
     backward = staticmethod(once_differentiable(_backward))
 
 
+_apply = apply_of(_ClusteringHead)
+
+
 def clustering_head(
     features: Tensor,
     weight: Tensor,
@@ -184,7 +188,7 @@ def clustering_head(
         check_count("n_scored", n_scored)
         if n_scored > images:
             raise ValueError(f"n_scored must be at most the {images} images, got {n_scored}")
-    loss, column_max, column, row, _, _ = _ClusteringHead.apply(
+    loss, column_max, column, row, _, _ = _apply(
         features,
         weight,
         bias,

@@ -14,6 +14,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from capi_kernels import reference
 from capi_kernels._autocast import register_autocast
+from capi_kernels._autograd import apply_of
 from capi_kernels._checks import check_device, check_not_empty, check_positive, check_shape, check_tensor
 from capi_kernels.heads import student_loss_cpu
 from capi_kernels.heads.gradients import times
@@ -94,6 +95,9 @@ class _StudentLoss(torch.autograd.Function):
     backward = staticmethod(once_differentiable(_backward))
 
 
+_apply = apply_of(_StudentLoss)
+
+
 def student_loss(logits: Tensor, targets: Tensor, temperature: float = 0.12) -> Float[Tensor, ""]:
     """Mean over predictions of -sum_k target_k log softmax(logits / temperature)_k (arXiv 2502.08769).
 
@@ -115,7 +119,7 @@ def student_loss(logits: Tensor, targets: Tensor, temperature: float = 0.12) -> 
     """
     if _takes_definition(logits, targets, temperature):
         return reference.student_loss(logits, targets, temperature)
-    return _StudentLoss.apply(logits, targets, temperature, False)[0]
+    return _apply(logits, targets, temperature, False)[0]
 
 
 def student_loss_with_statistics(logits: Tensor, targets: Tensor, temperature: float = 0.12) -> StudentLoss:
@@ -129,7 +133,7 @@ def student_loss_with_statistics(logits: Tensor, targets: Tensor, temperature: f
     """
     if _takes_definition(logits, targets, temperature):
         return reference.student_loss_with_statistics(logits, targets, temperature)
-    loss, _, target_entropy, most_likely = _StudentLoss.apply(logits, targets, temperature, True)
+    loss, _, target_entropy, most_likely = _apply(logits, targets, temperature, True)
     return StudentLoss(loss, target_entropy, most_likely)
 
 
