@@ -73,6 +73,18 @@ def test_a_dense_preset_differs_in_its_predictions_alone(preset) -> None:
     check_masking(dense.masking, (16, 16))
 
 
+def test_the_short_preset_follows_from_the_papers() -> None:
+    """By the rules of docs/schedules.md."""
+    paper, short = (load_config(["--config", preset]) for preset in ("vits14_dense", "vits14_short"))
+    batch, steps = short.optim.batch_size, short.optim.steps
+    lr = paper.optim.lr.base * math.sqrt(batch / paper.optim.batch_size)
+    changed = ["--optim.steps", steps, "--optim.batch_size", batch, "--clustering.n_prototypes", batch]
+    changed += ["--data.num_workers", 16, "--run.output_dir", "runs/vits14_short"]
+    for schedule, base in (("lr", lr), ("momentum", 1 - lr), ("clustering_lr", lr / 2)):
+        changed += [f"--optim.{schedule}.base", base, f"--optim.{schedule}.warmup_steps", steps // 10]
+    assert short == load_config(["--config", "vits14_dense", *map(str, changed)])
+
+
 def test_options_override_the_preset_and_the_yaml_reads_back(tmp_path) -> None:
     config = load_config(["--config", "vits14", "--optim.batch_size", "256", "--masking.mask_ratio", "[0.5, 0.7]"])
     assert config.optim.batch_size == 256
@@ -89,7 +101,10 @@ def test_options_override_the_preset_and_the_yaml_reads_back(tmp_path) -> None:
         (["--optim.batch_size", "many"], "optim.batch_size"),
         (["--masking.kind", "stripes"], "masking.kind"),
         (["--config", "no-such-preset"], "no-such-preset"),
-        (["--config", "vitL14"], "(tiny, vitb14, vitb14_dense, vitl14, vits14, vits14_dense), got vitL14"),
+        (
+            ["--config", "vitL14"],
+            "(tiny, vitb14, vitb14_dense, vitl14, vits14, vits14_dense, vits14_short), got vitL14",
+        ),
         (["--config", "."], "--config takes a YAML file or a preset"),
         (["--optim.step", "5"], "--optim.step"),
         (["--optim.lr", "1e-3"], "for its peak set optim.lr.base 1e-3"),
