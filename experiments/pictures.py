@@ -77,11 +77,11 @@ SETS: dict[str, Callable[[Path], Iterator[Picture]]] = {"emoji": emoji, "clipart
 
 
 def write_pictures(name: str, share: Path, folder: Path) -> None:
-    """Writes each distinct picture of a set to `folder`/train/CLASS or, a quarter by chance, /test/CLASS.
+    """Writes each distinct picture of a set to `folder`/train/NAME/CLASS or, a quarter by chance, /test/NAME/CLASS.
 
-    The same files at every call; nothing where `folder` is there already. Raises OSError where a package is missing.
+    The same files at every call; nothing where they are there already. Raises OSError where a package is missing.
     """
-    if folder.is_dir():
+    if (folder / "test" / name).is_dir():
         return
     distinct: dict[str, Picture] = {}
     for label, title, drawing in SETS[name](share):
@@ -90,11 +90,15 @@ def write_pictures(name: str, share: Path, folder: Path) -> None:
         picture.paste(drawing, ((side - drawing.width) // 2, (side - drawing.height) // 2))
         picture = picture.resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
         distinct.setdefault(hashlib.sha256(picture.tobytes()).hexdigest(), (label, title, picture))
-    unfinished = folder.with_name(f".{folder.name}.tmp")
+    unfinished = folder / f".{name}.tmp"
     shutil.rmtree(unfinished, ignore_errors=True)
     order = np.random.default_rng(0).permutation(len(distinct))
     for place, (label, title, picture) in zip(order, distinct.values(), strict=True):
         path = unfinished / ("test" if place < _HELD_OUT * len(distinct) else "train") / label / f"{title}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path)
-    unfinished.rename(folder)
+    for part in ("train", "test"):
+        (folder / part).mkdir(exist_ok=True)
+        shutil.rmtree(folder / part / name, ignore_errors=True)
+        (unfinished / part).rename(folder / part / name)
+    unfinished.rmdir()

@@ -1,6 +1,7 @@
 """The experiments: their sweeps are configurations, their runs repeat, and their tables say what was run."""
 
 import json
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -152,7 +153,7 @@ def test_pictures_are_distinct_split_and_the_same_at_every_call(tmp_path, monkey
         pictures.write_pictures("clipart", tmp_path / "share", tmp_path / name)
     files = {name: sorted((tmp_path / name).rglob("*.png")) for name in ("one", "two")}
     assert len(files["one"]) == 15
-    assert sum(path.parent.parent.name == "test" for path in files["one"]) == 4
+    assert sum(path.relative_to(tmp_path / "one").parts[:2] == ("test", "clipart") for path in files["one"]) == 4
     assert {path.parent.name for path in files["one"]} == {"food", "tools"}
     for one, two in zip(files["one"], files["two"], strict=True):
         assert one.relative_to(tmp_path / "one") == two.relative_to(tmp_path / "two")
@@ -164,25 +165,28 @@ def test_pictures_are_distinct_split_and_the_same_at_every_call(tmp_path, monkey
 
 
 def test_an_evaluation_of_drawings_knows_pixels_and_an_encoder(run, tmp_path, monkeypatch) -> None:
-    """Of two colours even pixels tell which is which."""
+    """Where it is bright even pixels tell."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(drawings, "_GRID", drawings.Grid(learning_rates=(1e-2,), weight_decays=(0.0,), iterations=20))
     rng = np.random.default_rng(0)
-    folder = tmp_path / "pictures" / "set"
-    for part, n in ("train", 12), ("test", 4):
-        for label, channel in ("red", 0), ("green", 1):
-            (folder / part / label).mkdir(parents=True)
+    folder, sets = tmp_path / "pictures", ["emoji", "clipart"]
+    for name, (part, n) in product(sets, (("train", 12), ("test", 4))):
+        for label, rows in ("above", slice(12)), ("below", slice(12, 24)):
+            (folder / part / name / label).mkdir(parents=True)
             for i in range(n):
                 pixels = rng.integers(0, 60, (24, 24, 3), np.uint8)
-                pixels[..., channel] += 190
-                Image.fromarray(pixels).save(folder / part / label / f"{i}.png")
-    assert drawings.evaluate(drawings.Pixels(), 16, folder)["knn, global"] == 1
-    (of_set,) = drawings.runs({"arm": {**run.options, "optim.steps": 2}}, [0], folder)
-    perform([of_set], tmp_path / "results.jsonl", tmp_path, score=lambda path: drawings.score(path, folder))
+                pixels[rows] += 190
+                Image.fromarray(pixels).save(folder / part / name / label / f"{i}.png")
+    assert drawings.evaluate(drawings.Pixels(), 16, folder, sets)["clipart: knn, global"] == 1
+    (of_one,) = drawings.runs({"arm": run.options}, [0], folder, ["clipart"])
+    assert of_one.places == {"data.source": f"folder:{folder / 'train' / 'clipart'}"}
+    (of_both,) = drawings.runs({"arm": {**run.options, "optim.steps": 2}}, [0], folder, sets)
+    perform([of_both], tmp_path / "results.jsonl", tmp_path, score=lambda path: drawings.score(path, folder, sets))
     (made,) = read_records(tmp_path / "results.jsonl")
-    assert set(made["scores"]) == set(drawings._COLUMNS.values())
+    assert set(made["scores"]) == {f"{name}: {key}" for name in sets for key in drawings._COLUMNS.values()}
     assert all(0 <= score <= 1 for score in made["scores"].values())
-    assert drawings.table([made]).splitlines()[2].startswith("| set | arm | 0 | ")
+    rows = drawings.table([made]).splitlines()[2:]
+    assert [row.split(" | ")[:4] for row in rows] == [["| emoji+clipart", "arm", "0", name] for name in sets]
     assert "data.source" not in made["options"]
 
 
@@ -201,7 +205,7 @@ def test_the_list_of_emoji_is_read_without_other_skins(tmp_path) -> None:
 def test_results_are_of_the_sweeps_as_they_are() -> None:
     """A committed line with other options would not be repeated, nor belong to its row."""
     results = Path(collapse.__file__).parent / "results"
-    arms = {"drawings": lambda arm: arm.split("/")[1], "collapse": lambda arm: arm.split("/")[0]}
+    arms = {"drawings": lambda arm: arm.rpartition("/")[2], "collapse": lambda arm: arm.split("/")[0]}
     for name, path in SWEEPS.items():
         sweep, of_arm = read_sweep(path), arms.get(name, str)
         for made in read_records(results / f"{name}.jsonl"):
