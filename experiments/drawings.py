@@ -83,7 +83,7 @@ def score(run_dir: Path, pictures: Path, sets: Sequence[str]) -> dict[str, float
 
 def runs(sweep: Mapping[str, Options], seeds: Sequence[int], pictures: Path, sets: Sequence[str]) -> list[Run]:
     """Of every arm on the pictures of these sets together, whose names lead those of the arms."""
-    source = pictures / "train" if set(sets) == set(SETS) else pictures / "train" / sets[0]
+    source = pictures / "train" / sets[0] if len(sets) == 1 else pictures / "train"
     places = {"data.source": f"folder:{source}"}
     return [Run(f"{'+'.join(sets)}/{arm}", seed, options, places) for seed in seeds for arm, options in sweep.items()]
 
@@ -110,6 +110,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--share", type=Path, default=Path("/usr/share"), help="of the packages (%(default)s)")
     arguments = parser.parse_args(argv)
     sweep, sets = read_sweep(SWEEP), [name for name in SETS if name in arguments.sets]
+    if len(sets) not in (1, len(SETS)):
+        parser.error(f"argument --sets: expected one of {', '.join(SETS)}, or all, got {', '.join(sets)}")
     if not arguments.report:
         pictures = arguments.folder / "pictures"
         for name in sets:

@@ -1,6 +1,7 @@
 """Labelled pictures that Debian's packages hold, as folders that `capi.train` and `capi.evaluate` read.
 
-`apt-get install fonts-noto-color-emoji unicode-data openclipart-png`; without root, `apt-get download` and `dpkg -x`.
+`apt-get install fonts-noto-color-emoji unicode-data openclipart-png wesnoth-1.16-data`; without root, `apt-get
+download` and `dpkg -x`.
 """
 
 import hashlib
@@ -21,8 +22,10 @@ _SKIN = range(0x1F3FB, 0x1F400)
 _FEWEST = 100  # pictures that a category of clip art must have
 _LEFT_OUT = ("special", "unsorted", "shapes")  # The first two are no categories, the third is circles nearly all alike.
 _MOST_PIXELS = 20_000_000  # A few are posters, which take minutes.
+_LARGEST = 200  # pixels of a side of a unit: a few are several in one file
+_KINDS = 4  # that a people must have, and a hundred pictures
 
-Picture = tuple[str, str, Image.Image]  # class, name, the drawing on white
+Picture = tuple[str, str, str, Image.Image]  # class, kind within it, of which all are trained on or none, name, drawing
 
 
 def listed(listing: Path) -> Iterator[tuple[str, str]]:
@@ -49,7 +52,8 @@ def emoji(share: Path) -> Iterator[Picture]:
     for group, text in listed(share / "unicode" / "emoji" / "emoji-test.txt"):
         drawing = Image.new("RGB", typeface.getbbox(text)[2:], "white")
         ImageDraw.Draw(drawing).text((0, 0), text, font=typeface, embedded_color=True)
-        yield group, "-".join(f"{ord(character):x}" for character in text), drawing
+        name = "-".join(f"{ord(character):x}" for character in text)
+        yield group, name, name, drawing
 
 
 def clipart(share: Path) -> Iterator[Picture]:
@@ -64,39 +68,69 @@ def clipart(share: Path) -> Iterator[Picture]:
                 width, height = struct.unpack(">II", png.read(24)[16:])
             if width * height > _MOST_PIXELS:
                 continue
-            with Image.open(file) as opened:
-                drawing = opened.convert("RGBA")
-            drawing = Image.alpha_composite(Image.new("RGBA", drawing.size, "white"), drawing).convert("RGB")
+            drawing = _on_white(file)
             # Some are small on a large page.
             drawing = drawing.crop(ImageChops.invert(drawing).getbbox())
             drawing.thumbnail((4 * _SIDE, 4 * _SIDE))
-            yield category.name, "-".join(file.relative_to(category).with_suffix("").parts), drawing
+            name = "-".join(file.relative_to(category).with_suffix("").parts)
+            yield category.name, name, name, drawing
 
 
-SETS: dict[str, Callable[[Path], Iterator[Picture]]] = {"emoji": emoji, "clipart": clipart}
+def units(share: Path) -> Iterator[Picture]:
+    """Units of The Battle for Wesnoth (GPL 2, CC BY-SA 4) in all their poses, by their people.
+
+    Those that are tested are of kinds that were never seen: the poses of one are nearly alike.
+    """
+    (root,) = (share / "games" / "wesnoth").glob("*/data/core/images/units")
+    for people in sorted(path for path in root.iterdir() if path.is_dir()):
+        kinds: dict[str, list[Path]] = {}
+        for file in sorted(people.rglob("*.png")):
+            first, *deeper = file.relative_to(people).with_suffix("").parts
+            kinds.setdefault(first if deeper else re.split("[-+]", first)[0], []).append(file)
+        if len(kinds) < _KINDS or sum(map(len, kinds.values())) < _FEWEST:
+            continue
+        for kind, file in ((kind, file) for kind, files in kinds.items() for file in files):
+            drawing = _on_white(file)
+            if max(drawing.size) <= _LARGEST:
+                yield people.name, kind, "-".join(file.relative_to(people).with_suffix("").parts), drawing
+
+
+def _on_white(file: Path) -> Image.Image:
+    with Image.open(file) as opened:
+        drawing = opened.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", drawing.size, "white"), drawing).convert("RGB")
+
+
+SETS: dict[str, Callable[[Path], Iterator[Picture]]] = {"emoji": emoji, "clipart": clipart, "units": units}
 
 
 def write_pictures(name: str, share: Path, folder: Path) -> None:
-    """Writes each distinct picture of a set to `folder`/train/NAME/CLASS or, a quarter by chance, /test/NAME/CLASS.
+    """Writes each distinct picture of a set to `folder`/train/NAME/CLASS or, those of a quarter of each class's kinds
+    by chance, /test/NAME/CLASS.
 
     The same files at every call; nothing where they are there already. Raises OSError where a package is missing.
     """
     if (folder / "test" / name).is_dir():
         return
-    distinct: dict[str, Picture] = {}
-    for label, title, drawing in SETS[name](share):
+    kinds: dict[str, dict[str, list[tuple[str, Image.Image]]]] = {}
+    known = set()
+    for label, kind, title, drawing in SETS[name](share):
         side = round(max(drawing.size) * _MARGIN)
         picture = Image.new("RGB", (side, side), "white")
         picture.paste(drawing, ((side - drawing.width) // 2, (side - drawing.height) // 2))
         picture = picture.resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
-        distinct.setdefault(hashlib.sha256(picture.tobytes()).hexdigest(), (label, title, picture))
+        if (digest := hashlib.sha256(picture.tobytes()).digest()) not in known:
+            known.add(digest)
+            kinds.setdefault(label, {}).setdefault(kind, []).append((title, picture))
     unfinished = folder / f".{name}.tmp"
     shutil.rmtree(unfinished, ignore_errors=True)
-    order = np.random.default_rng(0).permutation(len(distinct))
-    for place, (label, title, picture) in zip(order, distinct.values(), strict=True):
-        path = unfinished / ("test" if place < _HELD_OUT * len(distinct) else "train") / label / f"{title}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
+    rng = np.random.default_rng(0)
+    for label, of_class in kinds.items():
+        for place, pictures in zip(rng.permutation(len(of_class)), of_class.values(), strict=True):
+            to = unfinished / ("test" if place < max(1, round(_HELD_OUT * len(of_class))) else "train") / label
+            to.mkdir(parents=True, exist_ok=True)
+            for title, picture in pictures:
+                picture.save(to / f"{title}.png", compress_level=1)  # They are read often.
     for part in ("train", "test"):
         (folder / part).mkdir(exist_ok=True)
         shutil.rmtree(folder / part / name, ignore_errors=True)

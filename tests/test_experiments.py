@@ -153,7 +153,8 @@ def test_pictures_are_distinct_split_and_the_same_at_every_call(tmp_path, monkey
         pictures.write_pictures("clipart", tmp_path / "share", tmp_path / name)
     files = {name: sorted((tmp_path / name).rglob("*.png")) for name in ("one", "two")}
     assert len(files["one"]) == 15
-    assert sum(path.relative_to(tmp_path / "one").parts[:2] == ("test", "clipart") for path in files["one"]) == 4
+    tested = [path for path in files["one"] if path.relative_to(tmp_path / "one").parts[:2] == ("test", "clipart")]
+    assert [path.parent.name for path in tested] == ["food", "food", "tools", "tools"]
     assert {path.parent.name for path in files["one"]} == {"food", "tools"}
     for one, two in zip(files["one"], files["two"], strict=True):
         assert one.relative_to(tmp_path / "one") == two.relative_to(tmp_path / "two")
@@ -162,6 +163,23 @@ def test_pictures_are_distinct_split_and_the_same_at_every_call(tmp_path, monkey
         assert (picture.mode, picture.size) == ("RGB", (64, 64))
         assert picture.getpixel((0, 0)) == (255, 255, 255)
     pictures.write_pictures("clipart", tmp_path / "nowhere", tmp_path / "one")
+
+
+def test_poses_of_a_unit_are_all_trained_on_or_none(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(pictures, "_FEWEST", 10)
+    rng = np.random.default_rng(0)
+    root = tmp_path / "share" / "games" / "wesnoth" / "1.16" / "data" / "core" / "images" / "units"
+    of_elves = [f"{unit}{pose}" for unit in ("archer", "scout", "hero", "druid") for pose in ("", "+female", "-bow-1")]
+    for name in (*(f"elves/{name}" for name in (*of_elves, "rider/rider-se-1", "rider/rider-ne-1")), "ogres/ogre"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (72, 72, 4), np.uint8)).save(root / f"{name}.png")
+    Image.new("RGBA", (400, 72)).save(root / "elves" / "druid-all.png")
+    pictures.write_pictures("units", tmp_path / "share", tmp_path / "pictures")
+    train, test = ({f.stem for f in (tmp_path / "pictures" / part).rglob("*.png")} for part in ("train", "test"))
+    assert train | test == {*of_elves, "rider-rider-se-1", "rider-rider-ne-1"}
+    assert not train & test
+    assert len({name.split("-")[0].split("+")[0] for name in test}) == 1
+    assert len(test) in (2, 3)
 
 
 def test_an_evaluation_of_drawings_knows_pixels_and_an_encoder(run, tmp_path, monkeypatch) -> None:
