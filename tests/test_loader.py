@@ -19,6 +19,7 @@ import pytest
 import torch
 from images import encoded
 from PIL import Image
+from torch.utils.data._utils import signal_handling
 
 from capi.config import Config
 from capi.data import Batch, ImageStream, evaluation_images
@@ -63,7 +64,19 @@ def stuck(folder: Path, monkeypatch) -> Iterator[str]:
     released.set()
 
 
+@pytest.fixture(params=["alone", "beside other loaders"])
+def sigchld(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """With and without PyTorch's handler, which the first of its loaders sets and none takes away."""
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
+    if request.param != "alone":
+        signal_handling._set_SIGCHLD_handler()
+    yield
+    signal.signal(signal.SIGCHLD, handler)
+
+
 class TestDeadProcess:
+    @pytest.mark.usefixtures("sigchld")
     @pytest.mark.parametrize(
         ("signum", "message"),
         [

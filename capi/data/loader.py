@@ -15,6 +15,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils import signal_handling
 
 from capi.data.reading import POLL_SECONDS, Interrupted
 from capi.data.retry import reason
@@ -112,9 +113,13 @@ def _start(loader: DataLoader) -> tuple[Iterator, list[BaseProcess], list[thread
         # Python 3.12 warns of threads at a fork; the processes use neither those threads nor the GPU.
         warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
         items = iter(loader)
+    # PyTorch's handler of SIGCHLD raises as soon as a process dies, be it amid a step or a checkpoint: it is not for
+    # these, even where another loader has set it.
     if handler is not None and threading.current_thread() is threading.main_thread():
-        # That of torch raises as soon as a process dies, be it amid a step or a checkpoint.
         signal.signal(signal.SIGCHLD, handler)
+    if getattr(items, "_worker_pids_set", False):
+        signal_handling._remove_worker_pids(id(items))
+        items._worker_pids_set = False
     processes = [p for p in multiprocessing.active_children() if p not in old_processes]
     threads = [t for t in threading.enumerate() if t not in old_threads]
     return items, processes, threads
