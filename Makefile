@@ -1,5 +1,5 @@
 # make train [DATA=folder:PATH] [ARGS="--optim.steps 100 ..."]: install once, train the default on any machine.
-# make test [TESTS="tests/test_model.py -k ..."]: install once, lint, run the tests in parallel.
+# make test [TESTS="tests/test_model.py -k ..."]: install once, lint, run the tests, a process a core.
 # make soak: faults of all kinds brought about in trainings, the table of docs/faults.md, and much fuzzing: under an hour.
 # make test-instruction-sets: the numerical tests as other processors would compute.
 # make bench: install once, measure operations, training step and data loading on the machine at hand.
@@ -35,8 +35,7 @@ CARRIED := jsonargparse docstring_parser typeshed_client braceexpand xformers==0
 train: $(VENV)/.installed
 	$(VENV)/bin/python -m capi.train --data.source '$(DATA)' --data.num_workers $(WORKERS) --run.output_dir '$(RUN)' $(ARGS)
 
-# One thread a process, unless the environment says otherwise. Of the whole suite there are more processes than cores,
-# as many tests wait for other processes.
+# One thread a process, unless the environment says otherwise.
 PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/python -m pytest -n $(shell nproc) --dist worksteal
 TESTS ?= tests
 # Trainings that are forked of a test's process come first, while it has no threads of other tests.
@@ -48,7 +47,7 @@ test: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(if $(filter tests,$(TESTS)),$(PYTEST) -n $(shell expr 2 "*" $(shell nproc)) $(FORKING))
-	$(PYTEST) $(TESTS) $(if $(filter tests,$(TESTS)),-n $(shell expr 3 "*" $(shell nproc) / 2) $(addprefix --ignore=,$(FORKING)))
+	$(PYTEST) $(TESTS) $(if $(filter tests,$(TESTS)),$(addprefix --ignore=,$(FORKING)))
 
 # Faults one after the other: they wait for each other's processes, and measure how long that takes.
 soak: $(VENV)/.installed
