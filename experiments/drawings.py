@@ -52,7 +52,7 @@ _COLUMNS = {
 class Pixels(nn.Module):
     """An encoder that encodes nothing: an image's pixels are its global vector, and those of its only patch.
 
-    Less each channel's mean over the image: so neighbours are better by five points.
+    Less each channel's mean over the image, without which neighbours are worse.
     """
 
     def __init__(self) -> None:

@@ -45,9 +45,11 @@ def emoji(share: Path) -> Iterator[Picture]:
 
     Raises RuntimeError where Pillow cannot compose an emoji of several characters.
     """
+    font = share / "fonts" / "truetype" / "noto" / "NotoColorEmoji.ttf"
+    if not font.is_file():  # Pillow would not name it.
+        raise FileNotFoundError(f"expected the font {font}, got no such file")
     if not features.check("raqm"):
         raise RuntimeError("emoji of several characters need a Pillow with Raqm, got one without")
-    font = share / "fonts" / "truetype" / "noto" / "NotoColorEmoji.ttf"
     typeface = ImageFont.truetype(font, _BITMAP, layout_engine=ImageFont.Layout.RAQM)
     for group, text in listed(share / "unicode" / "emoji" / "emoji-test.txt"):
         drawing = Image.new("RGB", typeface.getbbox(text)[2:], "white")
@@ -81,7 +83,10 @@ def units(share: Path) -> Iterator[Picture]:
 
     Those that are tested are of kinds that were never seen: the poses of one are nearly alike.
     """
-    (root,) = (share / "games" / "wesnoth").glob("*/data/core/images/units")
+    roots = sorted((share / "games" / "wesnoth").glob("*/data/core/images/units"))
+    if len(roots) != 1:
+        raise FileNotFoundError(f"expected one version of Wesnoth's data below {share / 'games'}, got {len(roots)}")
+    (root,) = roots
     for people in sorted(path for path in root.iterdir() if path.is_dir()):
         kinds: dict[str, list[Path]] = {}
         for file in sorted(people.rglob("*.png")):

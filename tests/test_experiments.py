@@ -1,6 +1,7 @@
 """The experiments: their sweeps are configurations, their runs repeat, and their tables say what was run."""
 
 import json
+import re
 from itertools import product
 from pathlib import Path
 
@@ -180,6 +181,11 @@ def test_poses_of_a_unit_are_all_trained_on_or_none(tmp_path, monkeypatch) -> No
     assert not train & test
     assert len({name.split("-")[0].split("+")[0] for name in test}) == 1
     assert len(test) in (2, 3)
+    second = tmp_path / "share" / "games" / "wesnoth" / "1.18" / "data" / "core" / "images" / "units"
+    second.mkdir(parents=True)
+    for other in ("none", "share"):
+        with pytest.raises(FileNotFoundError, match=r"expected one version of Wesnoth's data below .*, got [02]$"):
+            pictures.write_pictures("units", tmp_path / other, tmp_path / "elsewhere")
 
 
 def test_an_evaluation_of_drawings_knows_pixels_and_an_encoder(run, tmp_path, monkeypatch) -> None:
@@ -206,6 +212,12 @@ def test_an_evaluation_of_drawings_knows_pixels_and_an_encoder(run, tmp_path, mo
     rows = drawings.table([made]).splitlines()[2:]
     assert [row.split(" | ")[:4] for row in rows] == [["| emoji+clipart", "arm", "0", name] for name in sets]
     assert "data.source" not in made["options"]
+
+
+@pytest.mark.parametrize("name", pictures.SETS)
+def test_a_package_that_is_not_there_is_named(name: str, tmp_path) -> None:
+    with pytest.raises(OSError, match=re.escape(str(tmp_path))):
+        pictures.write_pictures(name, tmp_path, tmp_path / "pictures")
 
 
 def test_the_list_of_emoji_is_read_without_other_skins(tmp_path) -> None:
