@@ -8,7 +8,7 @@ from torch.autograd.function import FunctionCtx
 
 
 def apply_of(function: type[Function]) -> Callable:
-    """`function.apply`, without 50 us for what torch.func alone needs: inputs bound to the signature of the forward."""
+    """`function.apply`, without what torch.func alone needs: inputs bound to the signature of the forward."""
 
     def forward(ctx: FunctionCtx, *inputs: object) -> object:
         output = function.forward(*inputs)

@@ -182,7 +182,7 @@ def test_torch_func_grad(case: str, packed: bool) -> None:
 
 @pytest.mark.parametrize(("case", "packed"), CALLS)
 def test_a_call_is_bound_to_no_signature(case: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As torch.func alone needs it; it would take a fifth of a call with few tokens."""
+    """As torch.func alone needs it; it would take a tenth of a call with few tokens."""
     monkeypatch.setattr(torch.autograd.function, "inspect", None)
     FUNCTIONS[case][packed](*CASES[case][1]).sum().backward()
 
