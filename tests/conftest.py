@@ -8,12 +8,13 @@ from importlib.util import find_spec
 import jaxtyping
 import pytest
 import torch
+from annotations import check_annotations
 from interpreter import hasten
 from stratified import stratified
 
 if find_spec("beartype"):
     # Here and not among pytest's options, which hold for benchmarks too: checks of every call take a tenth of some.
-    jaxtyping.install_import_hook(("capi", "capi_kernels"), "beartype.beartype")
+    check_annotations("capi", "capi_kernels")
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from capi.metrics import read_metrics
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    import matplotlib.figure
 
 _STYLE = {
     "font.size": 9,
@@ -82,7 +82,7 @@ def _names(files: Sequence[Path]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names, start=1)]
 
 
-def _curves(runs: dict[str, Lines]) -> "Figure":
+def _curves(runs: dict[str, Lines]) -> "matplotlib.figure.Figure":
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
