@@ -173,8 +173,8 @@ def views() -> dict[str, Tensor]:
         "prototypes before images": packed[0, :, 1].mT,
         "every other prototype": packed[0, ..., ::2],
         "expanded": packed[:1, 0, 0].expand(4, 5, 7),
-        "leading axes in another order": packed.permute(2, 1, 0, 3, 4),
-        "leading axes with a gap": packed[:, :2],
+        "leading axes in another order": packed[:2].permute(2, 1, 0, 3, 4),
+        "leading axes with a gap": packed[:2, :2],
         "two of three leading axes merge": packed[::2],
         "an expanded axis before another": packed[:1, :, 0].expand(2, 3, 5, 7),
     }
@@ -186,13 +186,13 @@ def test_strided_logits_equal_contiguous_ones_and_are_not_copied(name: str) -> N
     view = views()[name]
     before = view.clone()
     parts = [part for (part,) in common_triton.merged(view)]
-    counts = {"leading axes in another order": 6, "leading axes with a gap": 3, "two of three leading axes merge": 2}
+    counts = {"leading axes in another order": 6, "leading axes with a gap": 2, "two of three leading axes merge": 2}
     assert len(parts) == (counts | {"an expanded axis before another": 2}).get(name, 1)
     assert all(part.untyped_storage().data_ptr() == view.untyped_storage().data_ptr() for part in parts)
     assert torch.equal(torch.cat(parts), view.flatten(0, -3) if view.ndim > 2 else view[None])
-    out, again = run(view, temperature=0.1)
+    out, again = run(view, 2, temperature=0.1)
     assert torch.equal(view, before)
-    contiguous = run(view.clone(memory_format=torch.contiguous_format), temperature=0.1)
+    contiguous = run(view.clone(memory_format=torch.contiguous_format), 2, temperature=0.1)
     assert torch.equal(out, contiguous[0])
     assert torch.equal(again, contiguous[1])
 
