@@ -8,10 +8,14 @@ from torch.autograd.function import FunctionCtx
 
 
 def apply_of(function: type[Function]) -> Callable:
-    """`function.apply`, without what torch.func alone needs: inputs bound to the signature of the forward."""
+    """`function.apply`, without what torch.func alone needs: inputs bound to the signature of the forward.
+
+    Its forward runs below autograd: the op that it calls is not asked for a gradient of its own.
+    """
 
     def forward(ctx: FunctionCtx, *inputs: object) -> object:
-        output = function.forward(*inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            output = function.forward(*inputs)
         function.setup_context(ctx, inputs, output)
         return output
 
