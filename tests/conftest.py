@@ -1,5 +1,6 @@
 """Where there is no GPU, Triton kernels run in its interpreter on CPU tensors; their outputs start as NaN, guarded."""
 
+import gc
 import math
 import os
 from collections.abc import Iterator
@@ -46,6 +47,10 @@ def choose_gpu_tests(config: pytest.Config, items: list[pytest.Item], count: str
         kept = set(stratified(gpu, int(count), lambda item: (item.path, item.originalname)))
         config.hook.pytest_deselected(items=[item for item in gpu if item not in kept])
         items[:] = [item for item in items if item in kept or not item.get_closest_marker("gpu")]
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # Modules and tests stay: without this each collection, some tests ask for many, goes through them.
 
 
 @pytest.fixture
