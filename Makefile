@@ -1,5 +1,6 @@
 # make train [DATA=folder:PATH] [ARGS="--optim.steps 100 ..."]: install once, train the default on any machine.
-# make test [TESTS="tests/test_model.py -k ..."]: install once, lint, run the tests, a process a core.
+# make test [TESTS="tests/test_model.py -k ..."]: install once, lint, run the tests, three processes for two cores, as
+# some wait for others.
 # make soak: faults of all kinds brought about in trainings, the table of docs/faults.md, and much fuzzing: under an hour.
 # make test-instruction-sets: the numerical tests as other processors would compute.
 # make bench: install once, measure operations, training step and data loading on the machine at hand.
@@ -47,7 +48,7 @@ test: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(if $(filter tests,$(TESTS)),$(PYTEST) -n $(shell expr 2 "*" $(shell nproc)) $(FORKING))
-	$(PYTEST) $(TESTS) $(if $(filter tests,$(TESTS)),$(addprefix --ignore=,$(FORKING)))
+	$(PYTEST) -n $(shell expr 3 "*" $(shell nproc) / 2) $(TESTS) $(if $(filter tests,$(TESTS)),$(addprefix --ignore=,$(FORKING)))
 
 # Faults one after the other: they wait for each other's processes, and measure how long that takes.
 soak: $(VENV)/.installed
