@@ -42,10 +42,12 @@ PIXELS = "raw pixels"
 # On the middle of the pictures, as k-NN. Of a thousand images these are a hundred epochs, and small features want more
 # than the authors' largest rate: with crops and their rates the probe of raw pixels falls from .6 to .4.
 _GRID = Grid(iterations=1000, learning_rates=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1))
+_FEATURES = ("global", "patch mean", "global + patch mean")
+_ALL = "all patches"
 _COLUMNS = {
     f"{probe} of {features}": f"{key}, {features}"
-    for probe, key in (("k-NN", "knn"), ("linear probe", "linear"))
-    for features in ("global", "patch mean", "global + patch mean")
+    for probe, key, kinds in (("k-NN", "knn", (*_FEATURES, _ALL)), ("linear probe", "linear", _FEATURES))
+    for features in kinds
 }
 
 
@@ -64,12 +66,27 @@ class Pixels(nn.Module):
         return pixels, None, pixels[:, None, None]
 
 
+class AllPatches(nn.Module):
+    """An encoder whose only vector is its whole map of features: it tells where things are, as raw pixels do."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor]:
+        everything = self.encoder(images)[2].flatten(1)
+        return everything, None, everything[:, None, None]
+
+
 def evaluate(encoder: nn.Module, image_size: int, pictures: Path, sets: Sequence[str]) -> dict[str, float]:
     """Accuracy on the test pictures by set, probe and kind of features."""
     scores = {}
     for name in sets:
         train, test = (open_labelled(f"folder:{pictures / part / name}", part) for part in ("train", "test"))
-        results = evaluate_labelled(encoder.eval(), train, test, image_size=image_size, grid=_GRID, crops=0)["results"]
+        of = partial(evaluate_labelled, train=train, test=test, image_size=image_size, crops=0)
+        results = of(encoder.eval(), grid=_GRID)["results"]
+        (everything,) = of(AllPatches(encoder).eval(), probes=("knn",))["results"][:1]
+        results.append(everything | {"features": _ALL})
         scores |= {f"{name}: {result['probe']}, {result['features']}": result["accuracy"] for result in results}
     return scores
 
@@ -97,7 +114,8 @@ def table(records: Sequence[Record]) -> str:
         trained = [record for record in of_arm if "series" in record and arm != "untrained"]
         information = spread([last_excess(record) for record in trained]) if trained else "-"
         for scored in dict.fromkeys(key.partition(": ")[0] for key in of_arm[0]["scores"]):
-            scores = [spread([r["scores"][f"{scored}: {key}"] for r in of_arm]) for key in _COLUMNS.values()]
+            keys = [f"{scored}: {key}" for key in _COLUMNS.values()]
+            scores = [spread([r["scores"][key] for r in of_arm]) if key in of_arm[0]["scores"] else "-" for key in keys]
             lines.append(f"| {' | '.join([sets or '-', arm, seeds_of(of_arm), scored, *scores, information])} |")
     return "\n".join(lines)
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny_runs import TINIEST
 
-from capi import train
+from capi import pretrained, train
 from capi.config import load_config
 from capi.config_check import check_config
 from experiments import ablations, collapse, drawings, pictures
@@ -201,7 +202,8 @@ def test_an_evaluation_of_drawings_knows_pixels_and_an_encoder(run, tmp_path, mo
                 pixels = rng.integers(0, 60, (24, 24, 3), np.uint8)
                 pixels[rows] += 190
                 Image.fromarray(pixels).save(folder / part / name / label / f"{i}.png")
-    assert drawings.evaluate(drawings.Pixels(), 16, folder, sets)["clipart: knn, global"] == 1
+    of_pixels = drawings.evaluate(drawings.Pixels(), 16, folder, sets)
+    assert of_pixels["clipart: knn, global"] == of_pixels["clipart: knn, all patches"] == 1
     (of_one,) = drawings.runs({"arm": run.options}, [0], folder, ["clipart"])
     assert of_one.places == {"data.source": f"folder:{folder / 'train' / 'clipart'}"}
     (of_both,) = drawings.runs({"arm": {**run.options, "optim.steps": 2}}, [0], folder, sets)
@@ -211,6 +213,10 @@ def test_an_evaluation_of_drawings_knows_pixels_and_an_encoder(run, tmp_path, mo
     assert all(0 <= score <= 1 for score in made["scores"].values())
     rows = drawings.table([made]).splitlines()[2:]
     assert [row.split(" | ")[:4] for row in rows] == [["| emoji+clipart", "arm", "0", name] for name in sets]
+    encoder = pretrained.build(pretrained.read(tmp_path / "emoji+clipart" / "arm-seed-0")).eval()
+    vector, _, only = drawings.AllPatches(encoder)(torch.zeros(2, 3, 16, 16))
+    assert torch.equal(vector, encoder(torch.zeros(2, 3, 16, 16))[2].flatten(1))
+    assert only.shape == (2, 1, 1, vector.shape[1])
     assert "data.source" not in made["options"]
 
 
