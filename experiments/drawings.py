@@ -142,7 +142,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if missing:
             scores = evaluate(Pixels(), 48, pictures, missing)
             append(arguments.results, {"arm": PIXELS, "seed": 0, "options": {}, "scores": scores, **made()})
-    records = read_records(arguments.results)
+    order = [PIXELS, *sweep]
+    records = sorted(read_records(arguments.results), key=lambda record: order.index(record["arm"].rpartition("/")[-1]))
     write_table(arguments.results, "drawings", records, table(records))
 
 
