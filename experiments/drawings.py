@@ -85,7 +85,7 @@ def evaluate(encoder: nn.Module, image_size: int, pictures: Path, sets: Sequence
         train, test = (open_labelled(f"folder:{pictures / part / name}", part) for part in ("train", "test"))
         of = partial(evaluate_labelled, train=train, test=test, image_size=image_size, crops=0)
         results = of(encoder.eval(), grid=_GRID)["results"]
-        (everything,) = of(AllPatches(encoder).eval(), probes=("knn",))["results"][:1]
+        everything = of(AllPatches(encoder).eval(), probes=("knn",))["results"][0]  # Its kinds of features are one.
         results.append(everything | {"features": _ALL})
         scores |= {f"{name}: {result['probe']}, {result['features']}": result["accuracy"] for result in results}
     return scores
